@@ -1,4 +1,4 @@
-"""What deduplication and outliers share: items numbered by content, and the comparison of different contents."""
+"""Number items by content, and compare different contents. Deduplication and outliers share both."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,10 +28,11 @@ ALL_PAIRS_LIMIT = 50_000
 def choose_modality(cache: Cache, modality: str | None, run: AnyPath | None = None) -> str:
     """Return the modality of the items to compare.
 
-    This is the given one, or the first, of those of the run if there is one, that the cache has features of.
+    If None, use the first modality (of the run, if there is one) that the cache has features of.
     """
     if modality is not None:
         return modality
+
     names = order_pair(MODALITIES if run is None else Run.open(run, kind=PAIR).modalities)
     return next((name for name in names if cache.features(name)), names[0])
 
@@ -60,7 +61,7 @@ def find_copies(cache: Cache, feature: InputFeature, samples: Ints | None = None
     items = items if samples is None else items.select(samples)
     _, first, contents = np.unique(items.contents, return_index=True, return_inverse=True)
 
-    # The first item of a content may have failed where a copy of it did not.
+    # Contents are numbered by their first usable item, as an earlier copy may have failed.
     order = np.argsort(first)
     number = np.empty(len(order), np.int64)
     number[order] = np.arange(len(order))
@@ -81,14 +82,14 @@ def compare(
     """Compare items, all pairs or within clusters, and then give access to the vectors in the scratch file.
 
     All pairs: N² / 2 products. Clusters: about 10 N √N products with 2 √N clusters. Scratch space as of `arrange`.
-    Memory: pages of the scratch file, which the system may drop, about 200 bytes per item, and what `add` collects. The
-    result is the same for any number of workers.
+    Memory: pages of the scratch file, which the system may drop, about 200 bytes per item, and the values that `add`
+    collects. The result is the same for any number of workers.
 
     Args:
         vectors: vectors of the items.
         rows_N: rows of the items.
-        cosine: pairs of at least this cosine are to be found; for clusters.
-        settings: whether all pairs are compared, and where.
+        cosine: with clusters, the smallest cosine of the pairs to find.
+        settings: whether all pairs are compared, and on which device.
         add: collector of the tiles.
         progress: progress in items.
 
@@ -109,6 +110,8 @@ def compare(
         address=settings.address,
         progress=progress,
     )
+
+    # The scratch file stays open in the caller's block, which measures the recall with its vectors.
     with arrange(selected, clusters, scratch=settings.scratch, progress=progress) as arranged:
         for tile in arranged.tiles(progress, products=products_on(vectors.device)):
             add(tile)

@@ -1,19 +1,19 @@
 """Concept coverage: how many items of a cache show each concept of a list, as estimates with intervals.
 
-A cosine has no absolute meaning: the items of one concept begin at .3, those of another at .6. The relative score of an
-item is 0 at the median of the concept's similarities, which is background for any concept that most items do not show,
-and 1 at the concept's reach, the similarity of its typical best items. Items of the concept are expected in the upper
-half. Where the cut really lies is unknown without labels, so the interval spans the cuts that labeled collections had
-(docs/about/results.md), and a person's answers about some items narrow it.
+A cosine has no absolute meaning. The items of one concept begin at .3, the items of another at .6. The relative score
+of an item is 0 at the median of the concept's similarities, which is background for any concept that most items do not
+show. It is 1 at the concept's reach, the similarity of its typical best items. Items of the concept are expected in the
+upper half. Without labels the real cut is unknown, so the interval spans the cuts that labeled collections had
+(docs/about/results.md). A person's answers about some items narrow it.
 """
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 from scipy.special import expit, log_expit
@@ -40,13 +40,17 @@ from embedcache.store.cache import Cache
 if TYPE_CHECKING:
     from embedcache.options import CoverageOptions
 
-COUNTED, CERTAIN, POSSIBLE = 0.55, 0.9, 0.25
-"""Relative scores above which items are counted, are almost certain, and may show the concept."""
+COUNTED = 0.55
+"""Relative score above which items are counted."""
+CERTAIN = 0.9
+"""Relative score above which items almost certainly show the concept."""
+POSSIBLE = 0.25
+"""Relative score above which items may show the concept."""
 STRIP_ITEMS = 24
 SAMPLE = 65_536
 """Items drawn for the scale of each concept, which is exact if the pool has no more."""
 STRIP_SAMPLE = 4_096
-"""Items of the sample among which those are ranked that a person is asked about."""
+"""Items of the sample that are ranked to choose the items about which a person is asked."""
 
 _CONCEPTS_PER_BLOCK = 32
 _ROUNDING = 1e-5  # two ways of summing one cosine in float32
@@ -72,8 +76,9 @@ class Scale:
         spreads: (C,) float32, standard deviation of the background, measured below the median, where items of the
             concept do not widen it.
         reaches: (C,) float32, how far the best items are above the median, in spreads: the mean of the standardized
-            scores z weighted by exp(3 z), which does not grow with the number of items; 3 for a normal background. It
-            is averaged with that of all items but the best, or the only exact match would decide alone.
+            scores z weighted by exp(3 z), which does not grow with the number of items. It is 3 for a normal
+            background. It is averaged with the reach of all items except the best, so that a single exact match does
+            not decide.
     """
 
     medians: Floats
@@ -87,7 +92,7 @@ class Scale:
         return is_separate_C
 
     def cosines(self, score: float) -> Floats:
-        """Return the cosine of each concept at a relative score; up to 1, an item of the sample is not below: (C,)."""
+        """Return the cosine of each concept at a relative score: (C,). Up to 1, an item of the sample reaches it."""
         cosines_C: Floats = (self.medians + score * self.reaches * self.spreads).astype(np.float32)
         return cosines_C
 
@@ -105,11 +110,14 @@ def measure_scale(sims_CS: Floats) -> Scale:
     """
     ranks = np.round(np.array([_ONE_DEVIATION_BELOW, 0.5]) * (sims_CS.shape[1] - 1)).astype(np.int64)
     partitioned_CS = np.partition(sims_CS, ranks, axis=1)
-    low_C, medians_C = partitioned_CS[:, ranks[0]], partitioned_CS[:, ranks[1]]
+    low_C = partitioned_CS[:, ranks[0]]
+    medians_C = partitioned_CS[:, ranks[1]]
     spreads_C = np.maximum(medians_C - low_C, np.float32(_MIN_SPREAD))
 
     standardized_CS = (sims_CS - medians_C[:, None]) / spreads_C[:, None]
     reaches_C: Floats = _tilted_mean(standardized_CS)
+
+    # The best item is left out of the second mean, or a single exact match would decide the reach.
     standardized_CS[np.arange(len(reaches_C)), standardized_CS.argmax(axis=1)] = -np.inf
     if sims_CS.shape[1] > 1:
         reaches_C = (reaches_C + _tilted_mean(standardized_CS)) / np.float32(2)
@@ -118,6 +126,7 @@ def measure_scale(sims_CS: Floats) -> Scale:
 
 def _tilted_mean(standardized_CS: Floats) -> Floats:
     """Return the mean of the scores of each concept, weighted by exp(3 z): (C,)."""
+    # Weights relative to the best score do not overflow.
     highest_C1 = standardized_CS.max(axis=1, keepdims=True)
     weights_CS = np.exp(_TILT * (standardized_CS - highest_C1))
     below_CS = np.where(weights_CS > 0, standardized_CS - highest_C1, 0)
@@ -166,6 +175,7 @@ def estimate_background(concepts_CP: Floats, sample_SP: Floats, k: int) -> Backg
         strips = np.argsort(-sims_BS[:, :STRIP_SAMPLE], axis=1, kind="stable")[:, ranks_R]
         yield from (strips, np.take_along_axis(sims_BS, strips, axis=1))
 
+    # Blocks run on all cores, so each product uses one thread.
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(num_cores()) as pool:
         parts = list(pool.map(lambda block: list(compare(block)), blocks(len(concepts_CP), _CONCEPTS_PER_BLOCK)))
     columns = [np.concatenate(part) for part in zip(*parts, strict=True)]
@@ -186,7 +196,7 @@ def estimate_background(concepts_CP: Floats, sample_SP: Floats, k: int) -> Backg
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Estimated numbers of items of C concepts, with 95% intervals; NaN if nothing can be told.
+    """Estimated numbers of items of C concepts, with 95% intervals. They are NaN if the scores cannot tell.
 
     Args:
         counts: (C,) float64.
@@ -202,14 +212,14 @@ class Estimate:
 def estimate_counts(above_C: Array, assigned_C: Array, certain_C: Array, possible_C: Array, num_items: int) -> Estimate:
     """Estimate the items of concepts without any label.
 
-    A counted item may belong to a related concept, and an item that another concept fits better may belong to
-    both, as birds are animals. So the estimate is the geometric mean of all counted items and of those that have the
-    concept as their best one. The interval reaches from the certain items to the possible ones.
+    A counted item may belong to a related concept. An item that another concept fits better may belong to both, as
+    birds are animals. So the estimate is the geometric mean of two counts: all counted items, and the counted items
+    whose best concept it is. The interval reaches from the certain items to the possible ones.
 
     Args:
         above_C: items above `COUNTED`.
-        assigned_C: those of them whose best concept it is.
-        certain_C: items whose best concept it is that are above `CERTAIN`.
+        assigned_C: items above `COUNTED` whose best concept it is.
+        certain_C: items above `CERTAIN` whose best concept it is.
         possible_C: items above `POSSIBLE`.
         num_items: number of all items.
     """
@@ -219,7 +229,7 @@ def estimate_counts(above_C: Array, assigned_C: Array, certain_C: Array, possibl
 
 
 def strip_ranks(num_sampled: int) -> Array:
-    """Return the ranks, from 0, of the items about which a person is asked: spaced evenly by their logarithm."""
+    """Return the ranks, from 0, of the items about which a person is asked. Their logarithms are evenly spaced."""
     ranks = np.unique(np.geomspace(1, num_sampled, 4 * STRIP_ITEMS).round().astype(np.int64)) - 1
     chosen = np.linspace(0, len(ranks) - 1, min(STRIP_ITEMS, len(ranks))).round().astype(np.int64)
     picked: Array = ranks[chosen]
@@ -227,7 +237,7 @@ def strip_ranks(num_sampled: int) -> Array:
 
 
 def strip_weights(num_sampled: int, num_items: int) -> Array:
-    """Return how many of N items each item of the strip stands for; they sum to N."""
+    """Return how many of N items each item of the strip stands for. The sum is N."""
     ranks = strip_ranks(num_sampled)
     middles = np.sqrt((ranks[:-1] + 1.0) * (ranks[1:] + 1.0))
     edges = np.concatenate([[0.5], middles, [num_sampled + 0.5]])
@@ -266,11 +276,14 @@ def settle(
         answers: (A,) whether each shows the concept.
     """
     count, low, high = prior
+
+    # The count that each cut and width of the curve implies.
     probabilities_GWR = expit((strip_scores - _CUTS[:, None, None]) / _WIDTHS[:, None])
     counts_GW = np.maximum(probabilities_GWR @ strip_weights, 0.5)
 
+    # The change of variables makes the prior one of the count, and not of the cut.
     spread = max(np.log(high / max(low, 0.5)) / 4, _MIN_SPREAD_OF_LOG)
-    density_GW = np.abs(np.gradient(np.log(counts_GW), axis=0)) + 1e-12  # so that the prior is one of the count
+    density_GW = np.abs(np.gradient(np.log(counts_GW), axis=0)) + 1e-12
     log_posterior_GW = np.log(density_GW) - 0.5 * ((np.log(counts_GW) - np.log(count)) / spread) ** 2
 
     signs_A = np.where(np.asarray(answers, bool), 1.0, -1.0)
@@ -279,6 +292,7 @@ def settle(
     posterior_GW = np.exp(log_posterior_GW - log_posterior_GW.max())
     posterior_GW /= posterior_GW.sum()
 
+    # Median and 95% interval of the count; it cannot be below the confirmed items.
     order = np.argsort(counts_GW, axis=None)
     cumulated = np.cumsum(posterior_GW.ravel()[order])
     places = np.searchsorted(cumulated, [0.5, 0.025, 0.975]).clip(max=len(order) - 1)
@@ -298,45 +312,49 @@ def answers_path(report: Path) -> Path:
 
 
 def write_answers(path: Path, answers: Mapping[str, Mapping[int, bool]], cache: Cache, modality: str) -> None:
-    """Write answers about the items of a cache, whole or not at all; earlier ones of the file are replaced."""
-    by_name = {name: {str(row): shows for row, shows in rows.items()} for name, rows in answers.items() if rows}
+    """Write answers about the items of a cache, whole or not at all. They replace the earlier answers of the file."""
+    by_name = {}
+    for name, rows in answers.items():
+        if rows:
+            by_name[name] = {str(row): shows for row, shows in rows.items()}
     with replacing_files(is_allowed=True):  # --overwrite is about files that a user names
         write_report_json(path, {"index_digest": cache.info.index_digest, "modality": modality, "answers": by_name})
 
 
 def read_answers(path: AnyPath, cache: Cache, modality: str) -> Answers:
-    """Read answers about the items of a cache; those about items that were removed since are left out.
+    """Read answers about the items of a cache. Answers about items that were removed since are left out.
 
     Raises:
         PathError: the file does not exist.
-        CorruptError: it is no such file, or has changed since it was written.
+        CorruptError: it is not a file of answers, or has changed since it was written.
         FingerprintError: the answers are about other samples.
         DataError: they are about items of another modality.
     """
     path = Path(path)
     if not path.is_file():
         raise PathError(f"answers: expected a file that the search page wrote, got {path}, which does not exist")
-    values = read_report_json(path)
-    digest, answered, answers = construct(
-        path,
-        lambda: (
-            str(values["index_digest"]),
-            str(values["modality"]),
-            {
-                str(name): {int(row): bool(shows) for row, shows in rows.items()}
-                for name, rows in values["answers"].items()
-            },
-        ),
-    )
+    digest, answered, answers = construct(path, partial(_parse_answers, read_report_json(path)))
+
     if not cache.info.has_rows_of(digest):
         raise FingerprintError(f"answers {path}: expected samples of {cache.path}, got others; answer anew")
     if answered != modality:
         raise DataError(f"answers {path}: expected answers about {noun(modality)}, got some about {noun(answered)}")
+
     is_removed = cache.removed_items(modality)
-    return {
-        name: {row: shows for row, shows in rows.items() if 0 <= row < len(is_removed) and not is_removed[row]}
-        for name, rows in answers.items()
-    }
+    present: Answers = {}
+    for name, rows in answers.items():
+        present[name] = {
+            row: shows for row, shows in rows.items() if 0 <= row < len(is_removed) and not is_removed[row]
+        }
+    return present
+
+
+def _parse_answers(values: Mapping[str, Any]) -> tuple[str, str, Answers]:
+    """Return the digest, the modality and the answers of a file's values."""
+    answers: Answers = {}
+    for name, rows in values["answers"].items():
+        answers[str(name)] = {int(row): bool(shows) for row, shows in rows.items()}
+    return str(values["index_digest"]), str(values["modality"]), answers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -349,9 +367,9 @@ class ConceptCounts:
         num_covered: items above the threshold of at least one concept.
         estimate: (C,) estimated items that show each concept, with 95% intervals; NaN if its scores cannot tell.
         prior: (C,) the estimates without answers, also for concepts whose scores cannot tell.
-        above: (C,) items above each concept's threshold; an item counts for every concept that it is above.
+        above: (C,) items above each concept's threshold; an item counts for every concept whose threshold it exceeds.
         best: (C,) items by the concept they are most similar to.
-        certain: (C,) these items, as far as they are near the concept's best ones.
+        certain: (C,) items of `best` that are near the concept's best ones.
     """
 
     name: str
@@ -422,19 +440,25 @@ class CoverageReport:
     def line(self) -> str:
         """Describe the measurement in one line."""
         run = "" if self.pool.run_path is None else f" projected by {self.pool.run_path.name}"
-        fewest, most = int(self.concepts.counts.min()), int(self.concepts.counts.max())
-        of = self.concepts.source["of"]
-        each = f"{most:,} {of if most > 1 else of[:-1]}" if fewest == most else f"{fewest:,} to {most:,} {of}"
-        texts = self.concepts.source.get("texts", [])[:2]
-        such = f", such as {' and '.join(map(repr, texts))}" if texts else ""
         language = f" in {self.settings.language}" if self.settings.language not in (None, ANY_LANGUAGE) else ""
+
+        fewest = int(self.concepts.counts.min())
+        highest = int(self.concepts.counts.max())
+        unit = self.concepts.source["of"]
+        if fewest == highest:
+            size = f"{highest:,} {unit if highest > 1 else unit[:-1]}"
+        else:
+            size = f"{fewest:,} to {highest:,} {unit}"
+
+        texts = self.concepts.source.get("texts", [])[:2]
+        examples = f", such as {' and '.join(map(repr, texts))}" if texts else ""
         return (
             f"{self.pool.cache.path.name}: {count_items(self.pool_counts.num_items, self.pool.modality)}{language}, "
-            f"{self.pool.feature.name}{run}; {pluralize(len(self.concepts.names), 'concept')} of {each}{such}"
+            f"{self.pool.feature.name}{run}; {pluralize(len(self.concepts.names), 'concept')} of {size}{examples}"
         )
 
     def warnings(self) -> list[str]:
-        """Return what limits the estimates."""
+        """Return the warnings about the estimates."""
         num_untold = int((~self.pool_counts.can_tell).sum())
         if not num_untold:
             return []
@@ -458,20 +482,21 @@ def measure_coverage_by_modality(
     progress: AnyProgress = None,
     **options: Unpack["CoverageOptions"],
 ) -> dict[str, CoverageReport]:
-    """Measure coverage by each modality of the settings; see `measure_coverage`.
+    """Measure coverage by each modality of the settings. See `measure_coverage`.
 
-    These are, for `both`, the modalities of the run in its order, or images and texts without one.
+    `both` means the two modalities of the run in its order, or images and texts if there is no run.
     """
     settings = merge_settings(CoverageSettings, settings, options)
     progress = to_progress(progress)
     if settings.modality != "both":
         return {settings.modality: measure_coverage(cache, concepts, settings, progress=progress)}
+
     pair = ("image", "text") if settings.run is None else Run.open(settings.run, kind=PAIR).modalities
     reports = {}
     for modality in pair:
         language = settings.language if modality == "text" else None
-        of_modality = replace_flat(settings, {"modality": modality, "language": language})
-        reports[modality] = measure_coverage(cache, concepts, of_modality, progress=progress)
+        modality_settings = replace_flat(settings, {"modality": modality, "language": language})
+        reports[modality] = measure_coverage(cache, concepts, modality_settings, progress=progress)
     return reports
 
 
@@ -485,10 +510,10 @@ def measure_coverage(
 ) -> CoverageReport:
     """Estimate the items of each concept, in one pass over the vectors of a cache.
 
-    What is counted, and the best k are exact, as each vector is multiplied with each concept's. Thresholds and
-    the possible items of a concept come from 65,536 items drawn at random, or from all items. How a count is estimated:
-    `estimate_counts`. Memory: the sample, C × (P + k) values, and per core a chunk, a tile of 8 MB of
-    similarities, and a few values per position above a threshold.
+    Counts above a threshold and the best k items are exact, as each vector is multiplied with each concept's vector.
+    Thresholds and the possible items of a concept come from 65,536 items drawn at random, or from all items if there
+    are no more. `estimate_counts` says how a count is estimated. Memory: the sample, C × (P + k) values, and per core a
+    chunk, a tile of 8 MB of similarities, and a few values per position above a threshold.
 
     Args:
         cache: cache of the items.
@@ -510,6 +535,7 @@ def measure_coverage(
         settings = replace_fields(
             settings, feature=choose_feature(cache, concepts, settings.modality, progress=progress)
         )
+
     pool = _open_pool(cache, settings)
     is_selected_N = None
     if settings.selection is not None:
@@ -518,15 +544,17 @@ def measure_coverage(
     answers = {} if settings.answers is None else read_answers(settings.answers, pool.cache, pool.modality)
     opened = open_concepts(concepts, pool, label=settings.label, progress=progress)
 
+    # The scale of each concept comes from a random sample, before the exact pass over all items.
     sample_rows = np.random.default_rng(0).permutation(pool.rows)[: max(SAMPLE, settings.k)]
     background = estimate_background(opened.vectors, _read_shuffled(pool, sample_rows), settings.k)
     counter = CoverageCounter(opened.vectors, background, k=settings.k, is_selected_N=is_selected_N)
     counted = scan(
         pool, counter.process, engine=settings.engine, address=settings.address, title="counting", progress=progress
     )
-    partial = reduce(counter.merge, counted, counter.empty())
-    pool_counts, *selection_counts = _concept_counts(partial, background, pool, settings.selection)
+    total = reduce(counter.merge, counted, counter.empty())
+    pool_counts, *selection_counts = _concept_counts(total, background, pool, settings.selection)
     nearest, _ = knn(opened.vectors, opened.vectors, 1, own=np.arange(len(opened.names)))
+
     report = CoverageReport(
         pool=pool,
         concepts=opened,
@@ -535,8 +563,8 @@ def measure_coverage(
         thresholds=background.thresholds,
         pool_counts=pool_counts,
         selection_counts=selection_counts[0] if selection_counts else None,
-        scores=partial.top.scores,
-        rows=partial.top.numbers.astype(np.int64),
+        scores=total.top.scores,
+        rows=total.top.numbers.astype(np.int64),
         nearest=nearest[:, 0],
         strip_rows=sample_rows[background.strips],
         strip_weights=strip_weights(min(STRIP_SAMPLE, len(sample_rows)), len(pool.rows)),
@@ -546,7 +574,7 @@ def measure_coverage(
 
 
 def _read_shuffled(pool: Vectors, rows: Ints) -> Floats:
-    """Read rows in their order, from the disk in that of the file: (S, P)."""
+    """Read rows, (S, P), in their order. The disk is read in the order of the file, which is faster."""
     order = np.argsort(rows)
     vectors_SP = np.empty((len(rows), pool.width), np.float32)
     vectors_SP[order] = pool.read(rows[order])
@@ -555,7 +583,8 @@ def _read_shuffled(pool: Vectors, rows: Ints) -> Floats:
 
 def _settle_answered(report: CoverageReport) -> CoverageReport:
     """Return a report whose answered concepts have the counts, intervals and thresholds that the answers give."""
-    thresholds_C, scale = report.thresholds.copy(), report.background.scale
+    thresholds_C = report.thresholds.copy()
+    scale = report.background.scale
     for name, answered in report.answers.items():
         number = report.concepts.names.index(name)
         cosines = report.pool.read(np.array(list(answered), np.int64)) @ report.concepts.vectors[number]
@@ -568,6 +597,8 @@ def _settle_answered(report: CoverageReport) -> CoverageReport:
             list(answered.values()),
         )
         thresholds_C[number] = min(scale.cosines(settled.cut)[number], report.scores[number, 0])
+
+        # Answers are about the whole pool; a selection's estimate changes in proportion.
         for part in report.all_counts:
             ratio = part.prior.counts[number] / prior.counts[number]
             part.estimate.counts[number] = min(ratio * settled.count, part.num_items)
@@ -580,6 +611,7 @@ def _open_pool(cache_path: AnyPath, settings: CoverageSettings) -> Vectors:
     """Open the vectors of the items, and check the settings that depend on them."""
     if settings.modality == "both":
         raise SettingError("modality: expected one, got both; use measure_coverage_by_modality for both")
+
     pool = Vectors(
         cache_path,
         settings.modality,
@@ -594,30 +626,32 @@ def _open_pool(cache_path: AnyPath, settings: CoverageSettings) -> Vectors:
 
 
 def _concept_counts(
-    partial: "PartialCoverage", background: Background, pool: Vectors, selection: Path | str | None
+    total: "PartialCoverage", background: Background, pool: Vectors, selection: Path | str | None
 ) -> list[ConceptCounts]:
     """Return the counts of the pool and, if there is one, of the selection."""
     names = [f"all {noun(pool.modality)}", *([] if selection is None else [Path(selection).name])]
-    possible_C = background.possible * (partial.num_items[0] / background.num_items)
+    possible_C = background.possible * (total.num_items[0] / background.num_items)
+
     counts = []
     for group, name in enumerate(names):
-        above_C, num_items = partial.above[group], int(partial.num_items[group])
-        share_C = above_C / np.maximum(partial.above[0], 1)
-        prior = estimate_counts(
-            above_C, partial.assigned[group], partial.certain[group], possible_C * share_C, num_items
-        )
+        above_C = total.above[group]
+        num_items = int(total.num_items[group])
+
+        # Possible items are known of the pool's sample; a selection gets its share of the counted ones.
+        share_C = above_C / np.maximum(total.above[0], 1)
+        prior = estimate_counts(above_C, total.assigned[group], total.certain[group], possible_C * share_C, num_items)
         bounds = (prior.counts, prior.lows, prior.highs)
-        told = [np.where(background.scale.separates, bound_C, np.nan) for bound_C in bounds]
+        masked = [np.where(background.scale.separates, bound_C, np.nan) for bound_C in bounds]
         counts.append(
             ConceptCounts(
                 name=name,
                 num_items=num_items,
-                num_covered=int(partial.num_covered[group]),
-                estimate=Estimate(counts=told[0], lows=told[1], highs=told[2]),
+                num_covered=int(total.num_covered[group]),
+                estimate=Estimate(counts=masked[0], lows=masked[1], highs=masked[2]),
                 prior=prior,
                 above=above_C,
-                best=partial.best[group],
-                certain=partial.certain[group],
+                best=total.best[group],
+                certain=total.certain[group],
             )
         )
     return counts
@@ -625,29 +659,29 @@ def _concept_counts(
 
 @dataclass(kw_only=True)
 class PartialCoverage:
-    """Counts of a range of chunks. G is 1, or 2 if a selection is counted beside the whole pool."""
+    """Counts of a range of chunks. G is 1, or 2 if a selection is counted in addition to the pool."""
 
     num_items: Ints  # (G,)
     num_covered: Ints  # (G,) items above the threshold of at least one concept
     above: Ints  # (G, C) items above each concept's threshold
     best: Ints  # (G, C) items by the concept they are most similar to
-    assigned: Ints  # (G, C) these items, as far as they are above its threshold
-    certain: Ints  # (G, C) these items, as far as they are almost certain
+    assigned: Ints  # (G, C) items of `best` that are above the concept's threshold
+    certain: Ints  # (G, C) items of `best` that are almost certain
     top: KBest  # the most similar items of each concept
 
 
 class CoverageCounter:
-    """The computation of an exact pass over a pool, which counts the items near each concept.
+    """Count the items near each concept in an exact pass over a pool.
 
-    A tile of similarities is one matrix product, one comparison and one search for the best concept of each item; all
-    else works on the few values above a threshold or possibly among the k best. Memory: a chunk, a tile, C × k
-    numbers, and the positions above a threshold.
+    A tile of similarities costs one matrix product, one comparison and one search for the best concept of each item.
+    Everything else works on the few values above a threshold or possibly among the k best. Memory: a chunk, a tile,
+    C × k numbers, and the positions above a threshold.
 
     Args:
         concepts_CP: rows of length 1.
         background: thresholds of the concepts.
         k: items to keep per concept.
-        is_selected_N: whether each row of the pool's modality is selected; None: no selection.
+        is_selected_N: whether each row of the pool's modality is selected, None without a selection.
     """
 
     def __init__(
@@ -666,36 +700,42 @@ class CoverageCounter:
 
     def process(self, rows_B: Ints, vectors_BP: Floats) -> PartialCoverage:
         """Count a chunk."""
-        partial = self.empty()
-        partial.num_items = np.array([mask.sum() for mask in self._group_masks(rows_B)])
-        num_rows, num_concepts = max(1, len(rows_B)), len(self._lower_C)
+        counts = self.empty()
+        counts.num_items = np.array([mask.sum() for mask in self._group_masks(rows_B)])
+
+        # Tiles of about equal size, as a small last one would waste its product.
+        num_rows = max(1, len(rows_B))
+        num_concepts = len(self._lower_C)
         num_tiles = -(-num_rows // max(_MIN_TILE_ROWS, _TILE // num_concepts))
-        size = -(-num_rows // num_tiles)  # tiles of about equal size
+        size = -(-num_rows // num_tiles)
         sims, mask = _scratch_arrays(size, num_concepts)
 
         for tile in blocks(len(rows_B), size):
-            sims_BC, mask_BC = sims[: tile.stop - tile.start], mask[: tile.stop - tile.start]
+            sims_BC = sims[: tile.stop - tile.start]
+            mask_BC = mask[: tile.stop - tile.start]
             np.matmul(vectors_BP[tile], self._columns_PC, out=sims_BC)
-            self._count_best(partial, rows_B[tile], sims_BC)
+            self._count_best(counts, rows_B[tile], sims_BC)
 
+            # Few similarities pass, so the rest of the tile is not touched again.
             np.greater_equal(sims_BC, self._lower_C, out=mask_BC)
             positions = np.flatnonzero(mask_BC)
             items, concepts = np.divmod(positions, num_concepts)
-            self._count_above(partial, rows_B[tile][items], concepts, sims_BC.ravel()[positions])
-        return partial
+            self._count_above(counts, rows_B[tile][items], concepts, sims_BC.ravel()[positions])
+        return counts
 
-    def merge(self, before: PartialCoverage, after: PartialCoverage) -> PartialCoverage:
+    def merge(self, total: PartialCoverage, part: PartialCoverage) -> PartialCoverage:
         """Add the second to the first."""
         for field in fields(PartialCoverage):
             if field.name != "top":
-                setattr(before, field.name, getattr(before, field.name) + getattr(after, field.name))
-        concepts, ranks = np.nonzero(after.top.numbers >= 0)
-        before.top.add(concepts, after.top.numbers[concepts, ranks], after.top.scores[concepts, ranks])
-        return before
+                setattr(total, field.name, getattr(total, field.name) + getattr(part, field.name))
+        concepts, ranks = np.nonzero(part.top.numbers >= 0)
+        total.top.add(concepts, part.top.numbers[concepts, ranks], part.top.scores[concepts, ranks])
+        return total
 
     def empty(self) -> PartialCoverage:
-        """Return counts of nothing, into which others may be merged."""
-        num_groups, num_concepts = 1 if self._is_selected_N is None else 2, len(self._lower_C)
+        """Return counts of zero, into which others may be merged."""
+        num_groups = 1 if self._is_selected_N is None else 2
+        num_concepts = len(self._lower_C)
         above, best, assigned, certain = np.zeros((4, num_groups, num_concepts), np.int64)
         return PartialCoverage(
             num_items=np.zeros(num_groups, np.int64),
@@ -707,41 +747,43 @@ class CoverageCounter:
             top=KBest(num_concepts, self._k),
         )
 
-    def _count_best(self, partial: PartialCoverage, rows_B: Ints, sims_BC: Floats) -> None:
-        """Count the items of a tile by the concept they are most similar to; of equal ones the first."""
+    def _count_best(self, counts: PartialCoverage, rows_B: Ints, sims_BC: Floats) -> None:
+        """Count the items of a tile by the concept they are most similar to. Ties go to the first concept."""
         concepts_B = sims_BC.argmax(axis=1)
         scores_B = sims_BC[np.arange(len(concepts_B)), concepts_B]
         is_above_B = scores_B > self._background.thresholds[concepts_B]
         is_certain_B = scores_B > self._background.certain[concepts_B]
         for group, mask_B in enumerate(self._group_masks(rows_B)):
-            partial.best[group] += self._count_concepts(concepts_B[mask_B])
-            partial.assigned[group] += self._count_concepts(concepts_B[mask_B & is_above_B])
-            partial.certain[group] += self._count_concepts(concepts_B[mask_B & is_certain_B])
+            counts.best[group] += self._count_concepts(concepts_B[mask_B])
+            counts.assigned[group] += self._count_concepts(concepts_B[mask_B & is_above_B])
+            counts.certain[group] += self._count_concepts(concepts_B[mask_B & is_certain_B])
 
-    def _count_above(self, partial: PartialCoverage, rows_M: Ints, concepts_M: Ints, scores_M: Floats) -> None:
-        """Count matches: all those of an item, sorted by row and concept, that are not below `_lower_C`."""
+    def _count_above(self, counts: PartialCoverage, rows_M: Ints, concepts_M: Ints, scores_M: Floats) -> None:
+        """Count all matches of some items that are not below `_lower_C`, sorted by row and concept."""
         is_candidate = scores_M >= self._background.floors[concepts_M]
-        partial.top.add(concepts_M[is_candidate], rows_M[is_candidate], scores_M[is_candidate])
+        counts.top.add(concepts_M[is_candidate], rows_M[is_candidate], scores_M[is_candidate])
 
         is_above = scores_M > self._background.thresholds[concepts_M]
-        rows_A, concepts_A = rows_M[is_above], concepts_M[is_above]
+        rows_A = rows_M[is_above]
+        concepts_A = concepts_M[is_above]
         for group, mask_A in enumerate(self._group_masks(rows_A)):
-            partial.num_covered[group] += np.count_nonzero(np.diff(rows_A[mask_A], prepend=-1))
-            partial.above[group] += self._count_concepts(concepts_A[mask_A])
+            counts.num_covered[group] += np.count_nonzero(np.diff(rows_A[mask_A], prepend=-1))
+            counts.above[group] += self._count_concepts(concepts_A[mask_A])
 
     def _count_concepts(self, concepts: Ints) -> Ints:
         return np.bincount(concepts, minlength=len(self._lower_C))
 
     def _group_masks(self, rows: Ints) -> list[Bools]:
-        """Return which rows are in the pool, and which in the selection."""
+        """Return whether each row is in the pool and, if there is a selection, whether it is selected."""
         everything = np.ones(len(rows), bool)
         return [everything] if self._is_selected_N is None else [everything, self._is_selected_N[rows]]
 
 
 def _scratch_arrays(num_rows: int, num_concepts: int) -> tuple[Floats, Bools]:
-    """Return arrays that a thread keeps from tile to tile; new ones would come from the system page by page."""
+    """Return arrays that a thread keeps from tile to tile. New arrays would cost a page fault per page."""
     arrays: tuple[Floats, Bools] | None = getattr(_SCRATCH, "arrays", None)
     if arrays is None or len(arrays[0]) < num_rows or arrays[0].shape[1] != num_concepts:
-        arrays = np.empty((num_rows, num_concepts), np.float32), np.empty((num_rows, num_concepts), bool)
+        shape = (num_rows, num_concepts)
+        arrays = (np.empty(shape, np.float32), np.empty(shape, bool))
         _SCRATCH.arrays = arrays
     return arrays

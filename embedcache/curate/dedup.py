@@ -29,21 +29,21 @@ from embedcache.store.cache import Cache, keys_at
 if TYPE_CHECKING:
     from embedcache.options import DedupOptions
 
-LEVELS = (0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 0.995)  # cosines that are analyzed before one is chosen
+LEVELS = (0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 0.995)  # cosines to choose from
 MAX_PAIRS = 20_000_000
-CANDIDATE_COSINES = (0.7, 0.8)  # images of closer pairs are read again; from the second on if there are too many
+CANDIDATE_COSINES = (0.7, 0.8)  # images of closer pairs are read again; the second applies if there are too many
 _IS_NUMBER = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal, pa.types.is_boolean)
 _COPY = 2.0  # sorts above every cosine
 
 PAIR = np.dtype([("left", "i8"), ("right", "i8"), ("cosine", "f4"), ("distance", "i2")])
-"""A unique pair of contents, the smaller number first, sorted by both; hash distance of images, or `NO_DISTANCE`."""
+"""A unique pair of contents, the smaller number first, with its cosine and its hash distance or `NO_DISTANCE`."""
 
 REMOVED = np.dtype([("sample", "i8"), ("kept", "i8"), ("cosine", "f4"), ("distance", "i2"), ("is_copy", "?")])
-"""A removed sample, in row order, and one that stays and that it duplicates.
+"""A removed sample and the kept sample that it duplicates, in row order.
 
-The cosine is that of the two; for a sample with several items, the smallest of its items' cosines. The distance is
-`NO_DISTANCE` of equal bytes, and without pixels. `is_copy` says whether all of its items have the bytes, text or pixels
-of items that stay.
+The cosine compares the two. If a sample has several items, it is their smallest cosine. The distance is `NO_DISTANCE`
+for equal bytes, and if no pixels were compared. `is_copy` says whether each of its items has the bytes, text or pixels
+of an item that stays.
 """
 
 
@@ -51,8 +51,8 @@ of items that stay.
 class DedupLevel:
     """Numbers of items that deduplication at one cosine would remove."""
 
-    cosine: float | None  # limit; None: copies only
-    num_near: int | None  # items with another above it, equal bytes counted once; None for copies
+    cosine: float | None  # limit, None for copies only
+    num_near: int | None  # items with another above the limit, equal bytes counted once; None for copies only
     num_gone: int | None  # samples that would be removed; None if there are too many pairs
 
 
@@ -60,8 +60,8 @@ class DedupLevel:
 class NearDuplicates:
     """Near-duplicates among N items."""
 
-    pairs: Array  # (L,) of dtype `PAIR`, from `limit` on
-    limit: float  # above the requested cosine if there were too many pairs, infinite if there still are
+    pairs: Array  # (L,) of dtype `PAIR`, with cosines of at least `limit`
+    limit: float  # above the requested cosine if there were too many pairs, infinite if there still are too many
     highest: Floats  # (N,) each item's largest cosine to another item; -2 if it was compared with none
     num_clusters: int  # 1 if all pairs were compared
     complete: float  # fraction of items whose near borders were all crossed; 1 means that no pair is missing
@@ -74,7 +74,7 @@ class DedupAnalysis:
 
     cache: Cache
     feature: InputFeature
-    samples: Ints  # that are compared, ascending; also those without a usable item
+    samples: Ints  # compared samples, ascending, including samples without a usable item
     copies: Copies
     order: Ints  # samples in the order of the keep rule
     near: NearDuplicates | None  # among the contents; None if only equal bytes were searched
@@ -85,9 +85,10 @@ class DedupAnalysis:
         return choose_removed(self.copies, self.duplicates(cosine), self.order)
 
     def duplicates(self, cosine: float | None) -> Array:
-        """Return the pairs of contents that are the same picture or have at least a cosine; None: the former only."""
+        """Return the pairs of contents that are the same picture or reach a cosine. If None, only the same picture."""
         if self.near is None:
             return np.empty(0, PAIR)
+
         pairs = self.near.pairs
         is_near = pairs["cosine"] >= cosine_limit(np.inf if cosine is None else cosine)
         duplicates: Array = pairs[is_near | (pairs["distance"] <= SAME_PICTURE)]
@@ -107,15 +108,18 @@ class DedupAnalysis:
 
     def line(self) -> str:
         """Return what was compared, and how completely, in one line."""
-        near, copies = self.near, self.copies
+        near = self.near
+        copies = self.copies
         line = f"{count_items(len(copies.content_ids), self.feature.modality)} of {self.feature.name}; "
         line += pluralize(copies.num_copies, "is a byte-identical copy", "are byte-identical copies")
         if near is None:
             return line
+
         if self.num_same_picture is not None:
             line += f"; {pluralize(self.num_same_picture, 'pair')} of others show the same picture"
         if near.recall is None:
             return f"{line}; every pair was compared"
+
         recall = near.recall
         pairs = f"found {recall.num_found:,} of the {recall.num_pairs:,} pairs of {recall.num_items:,} sampled items"
         return f"{line}; {pluralize(near.num_clusters, 'cluster')} {pairs}"
@@ -146,19 +150,19 @@ class DedupAnalysis:
 
     @property
     def num_same_picture(self) -> int | None:
-        """Number of pairs of contents that are the same picture; None if no pixels were compared."""
+        """Number of pairs of contents that are the same picture, None if no pixels were compared."""
         is_compared = self.near is not None and self.near.pairs["distance"].min(initial=NO_DISTANCE) < NO_DISTANCE
         return len(self.duplicates(None)) if is_compared else None
 
     @property
     def highest(self) -> float | None:
-        """Largest cosine of two different contents; None if no two were compared."""
+        """Largest cosine of two different contents, None if no two were compared."""
         similarities = self.similarities
         return min(1.0, float(similarities.max())) if len(similarities) > 1 else None
 
     @property
     def similarities(self) -> Floats:
-        """Each content's largest cosine to another one, without those that were compared with none: (M,)."""
+        """Largest cosine of each content that was compared with another one: (M,)."""
         return np.empty(0, np.float32) if self.near is None else self.near.highest[self.near.highest > -2]
 
 
@@ -168,10 +172,10 @@ class DedupReport:
 
     Args:
         analysis: the compared items.
-        cosine: limit; None: copies only.
+        cosine: limit, None for copies only.
         removed: removed samples, (R,) of dtype `REMOVED`.
-        path: selection of those that stay.
-        removed_path: table of those that are removed.
+        path: selection of the samples that stay.
+        removed_path: table of the removed samples.
     """
 
     analysis: DedupAnalysis
@@ -184,17 +188,18 @@ class DedupReport:
 
     def lines(self) -> list[str]:
         """Return what was compared, and how many samples are kept and removed."""
-        num_removed, num_samples = len(self.removed), len(self.analysis.samples)
+        num_removed = len(self.removed)
+        num_samples = len(self.analysis.samples)
         if num_removed:
             copies = pluralize(int(self.removed["is_copy"].sum()), "is a copy", "are copies")
-            kept = (
+            result = (
                 f"kept {num_samples - num_removed:,} of {num_samples:,} samples; removed {num_removed:,}, of which "
                 f"{copies}; {self.removed_path} names what each one duplicates"
             )
         else:
-            kept = f"kept all {num_samples:,} samples; none is a copy"
-            kept += "" if self.cosine is None else f" or has a cosine of {self.cosine:g} or more to another"
-        return [self.analysis.line(), f"{self.path}: {kept}"]
+            result = f"kept all {num_samples:,} samples; none is a copy"
+            result += "" if self.cosine is None else f" or has a cosine of {self.cosine:g} or more to another"
+        return [self.analysis.line(), f"{self.path}: {result}"]
 
     def to_json(self) -> dict[str, Any]:
         """Return what was compared, and how many samples are removed, as JSON values."""
@@ -216,13 +221,13 @@ def analyze(
     progress: AnyProgress = None,
     **options: Unpack["DedupOptions"],
 ) -> DedupAnalysis:
-    """Compare the items of a cache; `DedupAnalysis.levels` returns what each cosine would remove.
+    """Compare the items of a cache to choose a cosine for `dedup`.
 
-    Time and memory as of `compare`, and for images as of `hash_distances`. Images are read again where `reopen_source`
-    allows.
+    `DedupAnalysis.levels` says how many samples each cosine would remove. Time and memory are as in `compare`, and for
+    images as in `hash_distances`. Images are read again if `reopen_source` can open their source.
 
     Raises:
-        SettingError: a cosine or `copies_only` is set, which need a file to write, or the keep rule is invalid.
+        SettingError: a cosine or `copies_only` is set, which needs a file to write, or the keep rule is invalid.
         UnknownNameError: there is no such keep rule or feature.
         DataError, UnfinishedError, FingerprintError: see `Vectors`.
     """
@@ -240,11 +245,11 @@ def dedup(
     progress: AnyProgress = None,
     **options: Unpack["DedupOptions"],
 ) -> DedupReport:
-    """Write a selection of the samples that stay, and beside it, in `OUT.removed.parquet`, the removed ones.
+    """Write a selection of the samples that stay, and next to it the removed samples, in `OUT.removed.parquet`.
 
-    A sample is removed if each of its items has the bytes, the pixels (an image in another size, compression or
-    format), or a cosine of at least the limit, of an item of a sample that stays. Samples without a usable item stay.
-    Only those of `settings.selection`, if it is given, are compared and stay. The selection is written last.
+    A sample is removed if each of its items duplicates an item of a sample that stays: by its bytes, by its pixels (an
+    image in another size, compression or format), or by a cosine of at least the limit. Samples without a usable item
+    stay. If `settings.selection` is given, only its samples are compared and can stay. The selection is written last.
 
     Args:
         cache: path or URL of the cache.
@@ -264,6 +269,7 @@ def dedup(
     out = Path(out)
     if settings.cosine is None and not settings.copies_only:
         raise SettingError("expected --cosine or --copies with a file to write, got neither; give one of them")
+
     removed_path = out.with_name(f"{out.stem}.removed.parquet")
     check_table_output("selection", out)
     check_output(removed_path)
@@ -273,6 +279,8 @@ def dedup(
     report = DedupReport(
         analysis=analysis, cosine=settings.cosine, removed=removed, path=out, removed_path=removed_path
     )
+
+    # The selection is written last: whoever finds it can rely on the table of removed samples.
     columns = {
         "kept_row": removed["kept"],
         "kept_key": keys_at(analysis.cache, removed["kept"]),
@@ -292,8 +300,10 @@ def _compare(cache_path: AnyPath, settings: DedupSettings, progress: Progress) -
     cache = Cache(cache_path)
     modality = choose_modality(cache, settings.modality, settings.run)
     images = open_images(cache) if modality == "image" and settings.pixels else None
+
+    # Resized copies of images are searched among similar ones, so `copies_only` needs vectors for them too.
     vectors = None
-    if not settings.copies_only or images is not None:  # copies of images are looked for among similar ones
+    if not settings.copies_only or images is not None:
         vectors = Vectors(cache_path, modality, settings.feature, settings.run, device=settings.device)
     feature = open_input(cache, modality, settings.feature) if vectors is None else vectors.feature
 
@@ -310,8 +320,9 @@ def _compare(cache_path: AnyPath, settings: DedupSettings, progress: Progress) -
         levels = LEVELS if settings.cosine is None else [settings.cosine]
         near = find_near_duplicates(vectors, copies.unique_rows, levels, settings, progress)
         if images is not None:
-            ends = near.pairs["left"], near.pairs["right"]
-            near.pairs["distance"] = hash_distances(images, copies.unique_rows, *ends, settings.scratch, progress)
+            near.pairs["distance"] = hash_distances(
+                images, copies.unique_rows, near.pairs["left"], near.pairs["right"], settings.scratch, progress
+            )
         if settings.cosine is not None and near.limit > settings.cosine:
             raise SettingError(
                 f"cosine: expected at most {MAX_PAIRS:,} pairs, got more above {settings.cosine}; raise it"
@@ -324,30 +335,30 @@ def _compare(cache_path: AnyPath, settings: DedupSettings, progress: Progress) -
 def find_near_duplicates(
     vectors: Vectors, rows_N: Ints, levels: Sequence[float], settings: DedupSettings, progress: Progress | None = None
 ) -> NearDuplicates:
-    """Find the pairs of items whose cosine is at least `levels[0]`, which may rise to the next if there are too many.
+    """Find the pairs of items whose cosine is at least `levels[0]`, or the next level if there are too many pairs.
 
-    For `settings.pixels`, pairs of images are returned from the first of `CANDIDATE_COSINES` on, of those that are
-    compared for `levels[0]`; the recall is that from `levels[0]` on. Time, memory and errors as of `compare`, and the
-    pairs, at most 20 million in 0.5 GB.
+    With `settings.pixels`, pairs of images from the first of `CANDIDATE_COSINES` on are also returned, if they were
+    compared for `levels[0]`. The recall is measured from `levels[0]` on. Time, memory and errors are as in `compare`.
+    The pairs need memory as well: at most 20 million in 0.5 GB.
     """
     progress = progress or NullProgress()
     candidates = CANDIDATE_COSINES if settings.pixels and vectors.modality == "image" else ()
     collector = PairCollector(len(rows_N), sorted({*candidates, *levels}), MAX_PAIRS)
     with compare(vectors, rows_N, levels[0], settings, collector.add, progress) as arranged:
-        left, right, cosines = collector.pairs()
-        keys = pair_keys(left, right, len(rows_N))
+        first, second, cosines = collector.pairs()
+        keys = pair_keys(first, second, len(rows_N))
 
         def is_found(one: Ints, other: Ints) -> Bools:
-            wanted = pair_keys(one, other, len(rows_N))
-            is_pair: Bools = np.append(keys, -1)[np.searchsorted(keys, wanted)] == wanted
+            sampled_keys = pair_keys(one, other, len(rows_N))
+            is_pair: Bools = np.append(keys, -1)[np.searchsorted(keys, sampled_keys)] == sampled_keys
             return is_pair
 
         limit = max(collector.limit, levels[0])
         recall = measure_recall(arranged, limit, is_found, seed=settings.seed, progress=progress)
 
-    pairs = np.empty(len(left), PAIR)
-    pairs["left"] = left
-    pairs["right"] = right
+    pairs = np.empty(len(first), PAIR)
+    pairs["left"] = first
+    pairs["right"] = second
     pairs["cosine"] = cosines
     pairs["distance"] = NO_DISTANCE
     return NearDuplicates(
@@ -361,31 +372,33 @@ def find_near_duplicates(
 
 
 def choose_removed(copies: Copies, pairs: Array, order: Ints) -> Array:
-    """Visit samples in an order and remove one if each of its items equals, or is paired with, an item that stays.
+    """Visit samples in an order, and remove a sample if each of its items equals or is paired with an item that stays.
 
-    Of several partners, that with the same bytes is named, else that with the same pixels, else the most similar.
-
-    So each removed sample has a partner that stays, unlike with connected components: of a chain a - b - c, a and c may
-    be far apart, and here both stay. SemDeDup compares with earlier samples whether they stay or not.
+    If it has several partners, the one with the same bytes is named, else the one with the same pixels, else the most
+    similar one. So each removed sample has a partner that stays, which connected components do not ensure: in a chain
+    a - b - c, a and c may be far apart, and here both stay. SemDeDup compares with earlier samples whether they stay or
+    not.
 
     Args:
         copies: the items by content.
         pairs: (L,) of dtype `PAIR`, of contents that are near.
         order: all samples with items, those to keep first.
     """
+    # Most samples have no duplicate; only the others are visited one by one.
     graph = _Graph(pairs, len(copies.unique_rows))
     starts = np.concatenate([[0], np.cumsum(np.bincount(copies.samples))])
     num_like_C = np.bincount(copies.content_ids) - 1 + np.diff(graph.starts)  # copies and near-duplicates
     may_be_duplicate = np.bincount(copies.samples, weights=num_like_C[copies.content_ids]).astype(bool)
-    holder_C = np.full(len(copies.unique_rows), -1, np.int64)
 
+    holder_C = np.full(len(copies.unique_rows), -1, np.int64)
     removed = []
-    for sample in order[may_be_duplicate[order]].tolist():  # the others stay
+    for sample in order[may_be_duplicate[order]].tolist():
         contents = copies.content_ids[starts[sample] : starts[sample + 1]]
         partners = [graph.partner(content, holder_C) for content in contents.tolist()]
-        if all(kept >= 0 for kept, _, _ in partners):
-            kept, cosine, distance = min(partners, key=lambda partner: partner[1])
-            removed.append((sample, kept, min(cosine, 1), distance, cosine == _COPY or distance <= SAME_PICTURE))
+        if all(partner >= 0 for partner, _, _ in partners):
+            partner, cosine, distance = min(partners, key=lambda candidate: candidate[1])
+            is_copy = cosine == _COPY or distance <= SAME_PICTURE
+            removed.append((sample, partner, min(cosine, 1), distance, is_copy))
         else:
             holder_C[contents[holder_C[contents] < 0]] = sample
     return np.array(sorted(removed), REMOVED)
@@ -405,9 +418,10 @@ class _Graph:
         self.starts = np.concatenate([[0], np.cumsum(np.bincount(ends, minlength=num_contents))])
 
     def partner(self, content: int, holder_C: Ints) -> tuple[int, float, int]:
-        """Return the sample that stays and holds the most similar content, -1 if none does; cosine; hash distance."""
+        """Return the kept sample with the most similar content, -1 if there is none, its cosine and hash distance."""
         if holder_C[content] >= 0:
             return int(holder_C[content]), _COPY, NO_DISTANCE
+
         here = slice(self.starts[content], self.starts[content + 1])
         holders = holder_C[self._others[here]]
         is_held = holders >= 0
@@ -420,12 +434,12 @@ class _Graph:
 def order_samples(keep: str, copies: Copies, cache: Cache) -> Ints:
     """Sort the samples that have items by a keep rule.
 
-    `first`: in row order. `best:COLUMN`: the largest number in a column of the samples first, samples without a number
+    `first` keeps the row order. `best:COLUMN` puts the largest number of a column first, and samples without a number
     last.
 
     Raises:
         UnknownNameError: there is no such rule or column.
-        SettingError: the column does not hold numbers.
+        SettingError: the column does not contain numbers.
     """
     samples = distinct(copies.samples)
     rule, _, name = keep.partition(":")
@@ -433,6 +447,7 @@ def order_samples(keep: str, copies: Copies, cache: Cache) -> Ints:
         return samples
     if rule != "best":
         raise unknown_name("keep rule", keep, ("first", "best:COLUMN"))
+
     if name not in cache.columns:
         raise unknown_name("column", name, cache.columns, where=f"of {cache.path}")
     column = cache.column(name)
@@ -443,17 +458,19 @@ def order_samples(keep: str, copies: Copies, cache: Cache) -> Ints:
 
 
 def _selection(analysis: DedupAnalysis, removed: Array) -> Selection:
-    """Select the samples that stay, with the number of samples that each stands for; null without an item."""
+    """Select the samples that stay, with the number of samples that each stands for, null if it has no item."""
     rows = np.setdiff1d(analysis.samples, removed["sample"], assume_unique=True)
     num_samples = analysis.cache.info.num_samples
     has_no_item_S = np.ones(num_samples, bool)
     has_no_item_S[analysis.copies.samples] = False
 
+    # A kept sample stands for its copies and for its near-duplicates, which are counted separately.
     near = removed[~removed["is_copy"]]
     num_removed_S = np.bincount(removed["kept"], minlength=num_samples)
     num_near_S = np.bincount(near["kept"], minlength=num_samples)
     closest_S = np.full(num_samples, -np.inf, np.float32)
     np.maximum.at(closest_S, near["kept"], near["cosine"])
+
     columns = {
         "num_copies": pa.array((num_removed_S - num_near_S)[rows], pa.int32(), mask=has_no_item_S[rows]),
         "num_near_duplicates": pa.array(num_near_S[rows], pa.int32(), mask=has_no_item_S[rows]),

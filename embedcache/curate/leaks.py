@@ -1,4 +1,4 @@
-"""Leaks: test samples that are in a training cache, as exact copies by hash or as near-duplicates by cosine."""
+"""Find leaks: test samples that are in a training cache, as exact copies by hash or as near-duplicates by cosine."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,17 +37,17 @@ class ModalityLeaks:
     """Q test items of one modality, and their copies and near-duplicates in a training cache of C items."""
 
     modality: str
-    feature: str | None  # that near-duplicates were searched with; None if only copies were
+    feature: str | None  # compared feature; None if only copies were searched
     reason: str | None  # why only copies were searched
     cosine: float  # limit of near-duplicates
     test: Items
     train: Items
     train_rows: Ints  # (Q,) row of the training item closest to each test item; -1 if unknown
-    cosines: Floats  # (Q,) of the two; 1 for a copy, -inf if unknown
+    cosines: Floats  # (Q,) cosine of the two; 1 for a copy, -inf if unknown
     is_copy: Bools  # (Q,)
     train_cosines: Floats  # (C,) largest cosine of each training item to a test item that it was compared with
     train_is_copy: Bools  # (C,)
-    near: NearItems | None  # how completely near-duplicates were searched; None if only copies were
+    near: NearItems | None  # how completely near-duplicates were searched; None if only copies were searched
 
     @property
     def is_leaked(self) -> Bools:
@@ -74,7 +74,7 @@ class ModalityLeaks:
 
     @property
     def highest(self) -> float | None:
-        """Largest cosine of two items that are not equal; None if there is none."""
+        """Largest cosine of two items that are not equal, None if there is none."""
         near = self.cosines[~self.is_copy & np.isfinite(self.cosines)]
         return float(min(1, near.max())) if len(near) else None
 
@@ -112,35 +112,38 @@ class LeakReport:
 
     @property
     def num_train_samples(self) -> int:
-        """Number of training samples that were not removed from their cache."""
+        """Number of training samples, without samples that were removed from their cache."""
         return len(self.train) - len(self.train.removed)
 
     @property
     def num_test_samples(self) -> int:
-        """Number of test samples that were not removed from their cache."""
+        """Number of test samples, without samples that were removed from their cache."""
         return len(self.test) - len(self.test.removed)
 
     @property
     def leaked_samples(self) -> Ints:
-        """Test samples of which an item is in training, ascending."""
+        """Test samples with an item that is in training, ascending."""
         return distinct(np.concatenate([leak.leaked_samples for leak in self.leaks]))
 
     __repr__ = summary
 
     def line(self) -> str:
         """Return how many test samples leaked, in one line."""
-        count, num_samples = len(self.leaked_samples), self.num_test_samples
+        count = len(self.leaked_samples)
+        num_samples = self.num_test_samples
         is_or_are = "is" if count == 1 else "are"
         leaked = f"{count:,} of {num_samples:,} samples of {self.test.path} ({count / max(1, num_samples):.1%})"
         return f"{leaked} {is_or_are} in {self.train.path}"
 
     def clean_selection(self) -> Selection:
-        """Select the training samples of which nothing is in test, with the largest cosine of each to a test item."""
-        left_out = np.concatenate([self.train.removed, *(leak.train_samples for leak in self.leaks)])
-        rows = np.setdiff1d(np.arange(len(self.train)), distinct(left_out), assume_unique=True)
+        """Select the training samples without an item in test, with the largest cosine of each to a test item."""
+        excluded = np.concatenate([self.train.removed, *(leak.train_samples for leak in self.leaks)])
+        rows = np.setdiff1d(np.arange(len(self.train)), distinct(excluded), assume_unique=True)
+
         columns = {}
         for leak in self.leaks:
             if leak.feature:
+                # A sample may have several items; the closest one counts.
                 closest_S = np.full(len(self.train), -np.inf, np.float32)
                 np.maximum.at(closest_S, leak.train.samples, leak.train_cosines)
                 is_unknown = ~np.isfinite(closest_S[rows])
@@ -169,54 +172,64 @@ def find_leaks(
 ) -> LeakReport:
     """Find the items of a test cache that are in a training cache.
 
-    Copies are found by the hashes of bytes and texts, for any encoders. Near-duplicates need one feature of one encoder
-    in both caches. The default limits are those of a strict split and of the overlap check of evaluations.
+    Copies are found by the hashes of bytes and captions, whatever the encoders. Near-duplicates need the same feature
+    of the same encoder in both caches. The default limits are also used by strict splits and by the overlap check of
+    evaluations.
 
-    Up to 4 × 10¹² multiplications, such as those of 5,000 × 1,000,000 items of width 768, each test item is compared
-    with each training item, in about a minute on two cores; beyond that, or with `all_pairs=False`, only within
-    clusters, and the recall is measured. Time, memory and scratch space as in `find_near`.
+    Each test item is compared with each training item up to 4 × 10¹² multiplications, such as 5,000 × 1,000,000 items
+    of width 768. This lasts about a minute on two cores. Beyond that, or with `all_pairs=False`, items are compared
+    only within clusters, and the recall is measured. Time, memory and scratch space are as in `find_near`.
 
     Args:
         train: the training cache.
         test: the test cache.
         settings: limits of near-duplicates, the features to compare, whose tokens are averaged, and whether all pairs
             are compared.
-        feature: features of both caches, such as `audio=tiny.en/mean`; or modality -> feature.
+        feature: features of both caches, such as `audio=tiny.en/mean`, or a mapping from modality to feature.
         progress: progress in pairs.
         options: settings by their names on the command line, which replace those of `settings`.
 
     Raises:
-        SettingError: one cache is given twice, both have several features in common, or a feature is named of a
-            modality that one of them lacks.
+        SettingError: one cache is given twice, both have several features in common, or a named feature has a modality
+            that one of them lacks.
         DataError: the caches have no modality in common that can be compared, or a feature has no encoded item.
         UnknownNameError: there is no such feature.
         UnfinishedError: chunks of a feature are missing.
     """
     settings = merge_settings(LeakSettings, settings, options)
     progress = to_progress(progress)
-    train, test = Cache(train), Cache(test)
+    train = Cache(train)
+    test = Cache(test)
     if train.info.has_rows_of(test.info.index_digest):
         raise SettingError(f"expected two caches, got {train.path} and {test.path}, which hold the same samples")
-    common = [name for name in order_pair(MODALITIES) if train.features(name) and test.features(name)]
-    for name in [name for name in common if _are_vectors_hashed(train, name) != _are_vectors_hashed(test, name)]:
-        progress.note(f"{noun(name)} are not compared: {_OTHER_HASHES}")
-        common.remove(name)
+
+    common = []
+    for name in order_pair(MODALITIES):
+        if not (train.features(name) and test.features(name)):
+            continue
+        if _are_vectors_hashed(train, name) == _are_vectors_hashed(test, name):
+            common.append(name)
+        else:
+            progress.note(f"{noun(name)} are not compared: {_OTHER_HASHES}")
     if not common:
         raise DataError(f"{train.path} and {test.path}: expected items of one modality to compare, got none in common")
-    named = features_by_modality(train, feature)
-    for modality in named:
+    requested = features_by_modality(train, feature)
+    for modality in requested:
         if modality not in common:
             raise SettingError(f"feature: expected a modality of both caches, {' or '.join(common)}, got {modality}")
-    chosen = [_choose_features(train, test, name, named.get(name)) for name in common]  # all before the work
-    leaks = [
-        _find_leaks(_open_items(train, train_feature), _open_items(test, test_feature), reason, settings, progress)
-        for train_feature, test_feature, reason in chosen
-    ]
+
+    # All features are chosen first, so that a wrong one is refused before the work on another.
+    chosen = [_choose_features(train, test, name, requested.get(name)) for name in common]
+    leaks = []
+    for train_feature, test_feature, reason in chosen:
+        train_set = _open_items(train, train_feature)
+        test_set = _open_items(test, test_feature)
+        leaks.append(_find_leaks(train_set, test_set, reason, settings, progress))
     return LeakReport(train=train, test=test, leaks=leaks)
 
 
 def write_clean_selection(path: Path, report: LeakReport) -> int:
-    """Write a selection of the training samples of which nothing is in test, and return their number.
+    """Write a selection of the training samples without an item in test, and return their number.
 
     Raises:
         DataError: every sample leaks.
@@ -233,7 +246,7 @@ def write_clean_selection(path: Path, report: LeakReport) -> int:
 def _find_leaks(
     train_set: ItemSet, test_set: ItemSet, reason: str | None, settings: LeakSettings, progress: Progress
 ) -> ModalityLeaks:
-    """Compare the items of two features; with a reason, as of `_choose_features`, only their hashes."""
+    """Compare the items of two features. With a reason from `_choose_features`, compare only their hashes."""
     modality = test_set.feature.modality
     cosine = settings.cosines[modality]
     copies, train_is_copy = find_equal(test_set, train_set)
@@ -241,6 +254,8 @@ def _find_leaks(
     train_rows = copies
     cosines: Floats = np.full(len(is_copy), -np.inf, np.float32)
     train_cosines: Floats = np.full(len(train_is_copy), -np.inf, np.float32)
+
+    # Copies are settled by their hashes; only the other test items are compared by cosine.
     near = None
     if reason is None:
         near = find_near(
@@ -257,6 +272,7 @@ def _find_leaks(
         train_rows = np.where(is_copy, copies, np.append(train_set.items.rows, -1)[near.closest])  # -1 stays -1
         cosines = near.sims
         train_cosines = near.other_sims
+
     return ModalityLeaks(
         modality=modality,
         feature=None if reason else test_set.feature.name,
@@ -276,20 +292,22 @@ def _find_leaks(
 def _choose_features(
     train: Cache, test: Cache, modality: str, names: Sequence[str] | None
 ) -> tuple[InputFeature, InputFeature, str | None]:
-    """Open a feature of both caches; if they are of different encoders, return why only hashes are compared."""
+    """Open a feature of both caches. If their encoders differ, also return why only hashes are compared."""
     if not names:
         names = _common_features(train, test, modality)
     if names and len(names) > 1:
         raise SettingError(f"feature: expected one of {modality}, got {' and '.join(names)}; name it with --feature")
+
     name = names[0] if names else None
-    train_feature, test_feature = (
-        open_input(cache, modality, name or cache.features(modality)[0].name) for cache in (train, test)
-    )
+    train_feature = open_input(train, modality, name or train.features(modality)[0].name)
+    test_feature = open_input(test, modality, name or test.features(modality)[0].name)
+
     reason = None
     differences = name_differences(train_feature.fingerprint, test_feature.fingerprint)
     if name is None:
-        in_train, in_test = (", ".join(feature.name for feature in cache.features(modality)) for cache in (train, test))
-        reason = f"no encoder made {modality} features of both: {in_train} in training, {in_test} in test"
+        train_names = ", ".join(feature.name for feature in train.features(modality))
+        test_names = ", ".join(feature.name for feature in test.features(modality))
+        reason = f"no encoder made {modality} features of both: {train_names} in training, {test_names} in test"
     elif differences or train_feature.name != test_feature.name:
         reason = (
             f"{train_feature.name} of {train_feature.spec} in training and {test_feature.name} of {test_feature.spec} "
@@ -301,13 +319,13 @@ def _choose_features(
 
 
 def _are_vectors_hashed(cache: Cache, modality: str) -> bool:
-    """Return whether the hashes of a modality are those of imported vectors, also of features derived from these."""
+    """Return whether the hashes of a modality were computed from imported vectors, also for derived features."""
     is_imported = cache.info.source.get("type") == IMPORTED_SOURCE
     return modality != "text" and (is_imported or any(group.is_imported for group in cache.encoders(modality)))
 
 
 def _common_features(train: Cache, test: Cache, modality: str) -> list[str]:
-    """Return the features that both have by one encoder, derived ones aside."""
+    """Return the names of the features that both have from the same encoder, without derived features."""
     fingerprints = {feature.name: feature.fingerprint for feature in train.default_features(modality)}
     return [
         feature.name

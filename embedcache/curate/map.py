@@ -67,13 +67,13 @@ class Cluster:
     """A cluster of similar items.
 
     Args:
-        name: the concept that most of its items have, or what distinguishes its captions from those of other clusters;
-            empty if too few have any.
+        name: the concept that most of its items have, or words that distinguish its captions from the captions of
+            other clusters. Empty if too few items have a concept.
         size: number of items on the map.
         x: median position.
         y: median position.
         nearest: rows of the items nearest to its center, nearest first.
-        question: a short caption of one of them; empty if they have none.
+        question: a short caption of one of these items, empty if they have none.
     """
 
     name: str
@@ -108,6 +108,8 @@ class IndexMap:
         """Draw rows evenly from the clusters, in round-robin order: (S,)."""
         chosen = draw_balanced(self.clusters_N[:, None], min(size, len(self.rows)), seed=self.seed)
         clusters_S = self.clusters_N[chosen]
+
+        # An item's turn is the number of earlier items of its cluster.
         turn_S = np.array([np.count_nonzero(clusters_S[:place] == one) for place, one in enumerate(clusters_S)])
         return self.rows[chosen[np.lexsort((clusters_S, turn_S))]]
 
@@ -144,31 +146,39 @@ def build_map(
 
 
 def compute_map(index: OpenIndex, settings: MapSettings, *, progress: Progress | None = None) -> IndexMap:
-    """Compute the map of an open index, without writing it; see `build_map`."""
-    progress, rng = progress or NullProgress(), np.random.default_rng(settings.seed)
+    """Compute the map of an open index without writing it. See `build_map`."""
+    progress = progress or NullProgress()
+    rng = np.random.default_rng(settings.seed)
     card = index.card
     vectors = Vectors(
         index.cache.path, card.modality, card.feature, index.run_path, width=card.width, device=settings.device
     )
-    named = None
+    opened = None
     if settings.concepts is not None:
-        named = open_concepts(settings.concepts, vectors, label=index.label, progress=progress)
+        opened = open_concepts(settings.concepts, vectors, label=index.label, progress=progress)
 
+    # Clusters and projection are fitted to a sample, so that time and memory hardly grow with the index.
     rows_N = np.sort(rng.permutation(index.rows)[: settings.max_items])
     fitted_FP = vectors.read(np.sort(rng.permutation(rows_N)[:_MAX_FITTED]))
     num_clusters = max(1, min(_MAX_CLUSTERS, math.isqrt(len(rows_N)) // 2))
     centroids_CP = find_centroids(
         fitted_FP, num_clusters, seed=settings.seed, progress=progress, device=settings.device
     )
+
     projection = _choose_projection(settings.projection, len(fitted_FP))
     if projection == "umap":
         progress.note(f"fitting UMAP to {len(fitted_FP):,} {noun(vectors.modality)}")
     place = _fit(fitted_FP, projection, seed=settings.seed)
-    if named is not None:
-        background = estimate_background(named.vectors, fitted_FP, 1)
+
+    # A concept whose scores do not separate items from the background names no cluster.
+    if opened is not None:
+        background = estimate_background(opened.vectors, fitted_FP, 1)
         thresholds_C = np.where(background.scale.separates, background.thresholds, np.inf)
 
-    points, numbers, cosines, concepts = [], [], [], []
+    points = []
+    numbers = []
+    cosines = []
+    concepts = []
     parts = watch(blocks(len(rows_N), _BLOCK), progress, "placing on the map", len(rows_N), vectors.unit)
     for block in parts:
         vectors_BP = vectors.read(rows_N[block])
@@ -176,8 +186,8 @@ def compute_map(index: OpenIndex, settings: MapSettings, *, progress: Progress |
         numbers_B1, cosines_B1 = knn(vectors_BP, centroids_CP, 1)
         numbers.append(numbers_B1[:, 0])
         cosines.append(cosines_B1[:, 0])
-        if named is not None:
-            concepts_B1, scores_B1 = knn(vectors_BP, named.vectors, 1)
+        if opened is not None:
+            concepts_B1, scores_B1 = knn(vectors_BP, opened.vectors, 1)
             concepts.append(np.where(scores_B1 > thresholds_C[concepts_B1], concepts_B1, -1)[:, 0])
 
     points_N2 = _to_unit_square(np.concatenate(points))
@@ -185,13 +195,12 @@ def compute_map(index: OpenIndex, settings: MapSettings, *, progress: Progress |
     members = [np.flatnonzero(clusters_N == number) for number in range(clusters_N.max() + 1)]
     nearest = [_nearest(rows_N, np.concatenate(cosines), inside) for inside in members]
     hits = [index.hits.read(np.zeros(len(rows), np.float32), rows) for rows in nearest]
-    names = name_clusters(hits) if named is None else _name_by_concepts(named, np.concatenate(concepts), clusters_N)
+    names = name_clusters(hits) if opened is None else _name_by_concepts(opened, np.concatenate(concepts), clusters_N)
+
     clusters = []
     for name, inside, rows, shown in zip(names, members, nearest, hits, strict=True):
-        x, y = np.median(points_N2[inside], axis=0).tolist()
-        clusters.append(
-            Cluster(name=name, size=len(inside), x=x, y=y, nearest=rows.tolist(), question=_question(shown))
-        )
+        clusters.append(_to_cluster(name, points_N2[inside], rows, shown))
+
     return IndexMap(
         rows=rows_N,
         points=points_N2,
@@ -217,23 +226,27 @@ def write_map(index: OpenIndex, computed: IndexMap) -> None:
         "seed": computed.seed,
         "clusters": [asdict(cluster) for cluster in computed.clusters],
     }
+
     with replacing(index.path / FILE) as temporary:
         table = pa.table(columns)
         write_table(temporary, table.replace_schema_metadata(to_metadata(header)))
 
 
 def read_map(index: OpenIndex) -> IndexMap | None:
-    """Read the map of an index; None if there is none, it is of other items, or it is damaged: it can be computed."""
+    """Read the map of an index. Return None if it has none, or one that is damaged or shows other items."""
     path = index.path / FILE
     if not path.is_file():
         return None
+
+    # A damaged map is not an error, as it can be computed again.
     try:
         table = read_table(path)
         header = read_metadata(path, table.schema)
         about = {"format": FORMAT, **_about(index)}
         if {name: header.get(name) for name in about} != about:
             return None
-        found = IndexMap(
+
+        stored = IndexMap(
             rows=table["row"].to_numpy().astype(np.int64),
             points=np.stack([table["x"].to_numpy(), table["y"].to_numpy()], axis=1).astype(np.float32),
             clusters_N=table["cluster"].to_numpy().astype(np.int64),
@@ -241,7 +254,8 @@ def read_map(index: OpenIndex) -> IndexMap | None:
             projection=str(header["projection"]),
             seed=int(header["seed"]),
         )
-        return found if _is_valid(found, index) else None
+        return stored if _is_valid(stored, index) else None
+
     except (CorruptError, pa.ArrowException, OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -254,19 +268,25 @@ def _about(index: OpenIndex) -> dict[str, Any]:
     }
 
 
-def _is_valid(found: IndexMap, index: OpenIndex) -> bool:
-    """Return whether a map, which may be a stranger's, names only items and clusters that exist, and none removed."""
-    nearest = np.concatenate([np.asarray(cluster.nearest, np.int64) for cluster in found.clusters])
+def _is_valid(stored: IndexMap, index: OpenIndex) -> bool:
+    """Return whether a map, which may come from a stranger, names only items that exist and clusters that it has."""
+    nearest = np.concatenate([np.asarray(cluster.nearest, np.int64) for cluster in stored.clusters])
     num_rows = index.cache.num_rows(index.card.modality)
     return bool(
-        len(found.rows)
-        and (np.diff(found.rows) > 0).all()
-        and min(found.rows[0], nearest.min()) >= 0
-        and max(found.rows[-1], nearest.max()) < num_rows
-        and ((found.points >= 0) & (found.points <= 1)).all()
-        and 0 <= found.clusters_N.min() <= found.clusters_N.max() < len(found.clusters)
-        and not index.cache.removed_items(index.card.modality)[found.rows].any()
+        len(stored.rows)
+        and (np.diff(stored.rows) > 0).all()
+        and min(stored.rows[0], nearest.min()) >= 0
+        and max(stored.rows[-1], nearest.max()) < num_rows
+        and ((stored.points >= 0) & (stored.points <= 1)).all()
+        and 0 <= stored.clusters_N.min() <= stored.clusters_N.max() < len(stored.clusters)
+        and not index.cache.removed_items(index.card.modality)[stored.rows].any()
     )
+
+
+def _to_cluster(name: str, points_M2: Floats, nearest: Ints, hits: Sequence[Hit]) -> Cluster:
+    """Return the cluster of M points, at their median, which far members do not move."""
+    x, y = np.median(points_M2, axis=0).tolist()
+    return Cluster(name=name, size=len(points_M2), x=x, y=y, nearest=nearest.tolist(), question=_question(hits))
 
 
 def _largest_first(clusters_N: Ints, num_clusters: int) -> Ints:
@@ -299,11 +319,12 @@ def _fit(fitted_FP: Floats, projection: Literal["umap", "pca"], *, seed: int) ->
         return lambda vectors_BP: np.zeros((len(vectors_BP), 2), np.float32)
     if projection == "pca":
         return _fit_pca(fitted_FP)
+
     fitted_F2 = _run_umap(fitted_FP, seed=seed)
 
     def place(vectors_BP: Floats) -> Floats:
         rows_BK, cosines_BK = knn(vectors_BP, fitted_FP, min(_NUM_ANCHORS, len(fitted_FP)))
-        weights_BK = (1e-4 + np.maximum(1 - cosines_BK, 0)) ** -2  # an item of the sample stays where it is
+        weights_BK = (1e-4 + np.maximum(1 - cosines_BK, 0)) ** -2  # so large that an item of the sample stays in place
         weights_BK /= weights_BK.sum(axis=1, keepdims=True)
         placed: Floats = np.einsum("bk,bke->be", weights_BK, fitted_F2[rows_BK])
         return placed
@@ -322,7 +343,7 @@ def _fit_pca(fitted_FP: Floats) -> Placement:
 def _run_umap(vectors_NP: Floats, *, seed: int) -> Floats:
     num_neighbors = min(_NUM_NEIGHBORS, len(vectors_NP) - 1)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that TensorFlow is missing, and that there are few points
+        warnings.simplefilter("ignore")  # UMAP warns of missing TensorFlow and of few points
         umap = require("umap", package="umap-learn")
         model = umap.UMAP(metric="cosine", n_neighbors=num_neighbors, random_state=seed, n_jobs=1)
         points = model.fit_transform(vectors_NP)
@@ -330,42 +351,47 @@ def _run_umap(vectors_NP: Floats, *, seed: int) -> Floats:
 
 
 def _to_unit_square(points_N2: Floats) -> Floats:
-    low, span = points_N2.min(axis=0), np.ptp(points_N2, axis=0)
+    low = points_N2.min(axis=0)
+    span = np.ptp(points_N2, axis=0)
     middle_N2 = np.full(points_N2.shape, 0.5, np.float32)
     unit_N2: Floats = np.divide(points_N2 - low, span, out=middle_N2, where=span > 0)
     return unit_N2
 
 
 def _name_by_concepts(concepts: Concepts, concepts_N: Ints, clusters_N: Ints) -> list[str]:
-    """Return the concept that most items of each cluster have; empty if less than a third of them have it."""
+    """Return the most frequent concept of each cluster, empty if less than a third of its items have it."""
     names = []
     for number in range(clusters_N.max() + 1):
         inside = concepts_N[clusters_N == number]
         counts_C = np.bincount(inside[inside >= 0], minlength=len(concepts.names))
-        most = int(counts_C.argmax())
-        names.append(concepts.names[most] if counts_C[most] >= _NAMED_SHARE * len(inside) else "")
+        best = int(counts_C.argmax())
+        names.append(concepts.names[best] if counts_C[best] >= _NAMED_SHARE * len(inside) else "")
     return names
 
 
 def name_clusters(hits: Sequence[Sequence[Hit]]) -> list[str]:
-    """Return a name per cluster: one or two words that more of its captions have than those of other clusters.
+    """Return a name per cluster: one or two words that are more frequent in its captions than in other clusters.
 
-    A word's weight is its term of the Kullback-Leibler divergence: p log (p / q), with the fractions p of the
-    cluster's and q of all captions that have it. Stop words of English are left out. Without captions, labels take the
-    place of words.
+    A word's weight is its term p log (p / q) of the Kullback-Leibler divergence. p is the fraction of the cluster's
+    captions that contain it, q that of all captions. English stop words are left out. Labels replace words if there are
+    no captions.
     """
-    counts = [Counter(word for hit in cluster for word in _words(hit)) for cluster in hits]
-    fractions = [
-        {word: number / len(cluster) for word, number in counted.items()}
-        for counted, cluster in zip(counts, hits, strict=True)
-    ]
+    fractions = []
     mean: Counter[str] = Counter()
-    for words in fractions:
+    for cluster in hits:
+        counts: Counter[str] = Counter()
+        for hit in cluster:
+            counts.update(_words(hit))
+        words = {word: number / len(cluster) for word, number in counts.items()}
+        fractions.append(words)
         mean.update({word: fraction / len(hits) for word, fraction in words.items()})
+
     names = []
     for number, words in enumerate(fractions):
         weights = {word: fraction * math.log(fraction / mean[word]) for word, fraction in words.items()}
         best = sorted(weights, key=lambda word: (-weights[word], -words[word], word))[:2]
+
+        # A second word that distinguishes much less would only blur the name.
         if len(best) == 2 and weights[best[1]] < 0.6 * weights[best[0]]:
             best = best[:1]
         names.append(", ".join(best) or f"group {number + 1}")

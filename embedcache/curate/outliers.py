@@ -28,7 +28,10 @@ from embedcache.store.cache import Cache
 if TYPE_CHECKING:
     from embedcache.options import OutlierOptions
 
-TYPICALITY, MARGIN, SUGGESTED, PAIR_COSINE = "typicality", "label_margin", "suggested_label", "pair_cosine"
+TYPICALITY = "typicality"
+MARGIN = "label_margin"
+SUGGESTED = "suggested_label"
+PAIR_COSINE = "pair_cosine"
 _LABEL = "label"
 _MISLABELED = -0.5
 _ANY_COSINE = 0.0  # neighbors may be this far away, so that the nearest borders are crossed wherever they are
@@ -47,23 +50,23 @@ class Neighbors(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class OutlierReport:
-    """Scores of S samples of a cache by which odd ones are found, the lowest first.
+    """Scores of S samples of a cache that find odd ones, which score lowest.
 
-    A sample is judged by the best of its items, so all of them are at least as odd.
+    A sample is judged by the best of its items, so all of its items are at least as odd.
 
     Args:
         cache: the cache.
-        path: the written table; None: none was written.
+        path: the written table, None if none was written.
         vectors: the compared vectors.
-        copies: items, and contents that were compared; copies count once.
-        neighbors: of the contents.
-        scores: name -> (S,) scores, NaN where a sample has none. `typicality`: mean cosine of an item to its k nearest
-            neighbors. With labels, `label_margin`: fraction of the labeled neighbors with the sample's class less that
-            with the suggested one. With a run, `pair_cosine`: best cosine of a sample's items of the run's two
-            modalities, such as images and captions.
-        rows_S: (S,) row of the item that the typicality is of, -1 without one.
-        labels: class of each sample, -1 without a label; None without labels.
-        suggested_S: with labels, (S,) other class that most of the nearest neighbors have, -1 without one.
+        copies: items, and the contents that were compared. Copies count once.
+        neighbors: neighbors of the contents.
+        scores: name -> (S,) scores, NaN if a sample has none. `typicality` is the mean cosine of an item to its k
+            nearest neighbors. `label_margin`, with labels, is the fraction of the labeled neighbors with the sample's
+            class less the fraction with the suggested class. `pair_cosine`, with a run, is the best cosine of a
+            sample's items of the run's two modalities, such as images and captions.
+        rows_S: (S,) row of the item with this typicality, -1 without one.
+        labels: class of each sample, -1 without a label; None if the cache has no labels.
+        suggested_S: (S,) other class that most of the nearest neighbors have, -1 without one or without labels.
         settings: what was compared.
     """
 
@@ -80,7 +83,7 @@ class OutlierReport:
 
     @property
     def num_samples(self) -> int:
-        """Number of samples that were not removed from the cache."""
+        """Number of samples, without removed ones."""
         return len(self.cache) - len(self.cache.removed)
 
     @property
@@ -111,6 +114,7 @@ class OutlierReport:
         line = f"{items}, each with its {self.neighbors.items.shape[1]} nearest of {num_contents:,} different ones"
         if recall is None:
             return f"{line}; every pair was compared"
+
         return f"{line}; {self.neighbors.num_clusters:,} clusters found {recall.value:.1%} of them for sampled items"
 
     def to_json(self) -> dict[str, Any]:
@@ -139,9 +143,9 @@ class OutlierReport:
 
 
 def _quantiles(values_S: Floats) -> dict[str, float | None]:
-    """Return quantiles of a score; None if no sample has it, as one labeled sample alone has no margin."""
-    known = values_S[np.isfinite(values_S)]
-    return {str(fraction): float(np.quantile(known, fraction)) if len(known) else None for fraction in _QUANTILES}
+    """Return quantiles of a score. They are None if no sample has it, as a single labeled sample has no margin."""
+    finite = values_S[np.isfinite(values_S)]
+    return {str(fraction): float(np.quantile(finite, fraction)) if len(finite) else None for fraction in _QUANTILES}
 
 
 def find_outliers(
@@ -154,19 +158,20 @@ def find_outliers(
 ) -> OutlierReport:
     """Score how typical the samples of a cache are, whether their labels fit, and whether the items of a pair do.
 
-    Time and scratch space as of `compare`; memory 8 k + 200 bytes per item.
+    Time and scratch space are as in `compare`. Memory: 8 k + 200 bytes per item.
 
     Args:
         cache: path or URL of the cache.
         out: table of the scores to write, a `.parquet` file that `curate select --method score` reads.
-        settings: what is compared, with how many neighbors.
+        settings: the compared feature, and the number of neighbors.
         progress: progress in items.
         options: settings by their names on the command line, which replace those of `settings`.
 
     Raises:
         PathError: the path does not end in `.parquet`; or the errors of `check_output`.
         UnknownNameError: there is no such feature, or no such column of labels.
-        DataError: fewer than two items differ, a vector has no direction, or labels are neither text nor whole numbers.
+        DataError: fewer than two items differ, a vector has no direction, or labels are neither strings nor whole
+            numbers.
         UnfinishedError, FingerprintError: see `Vectors`.
         DiskFullError: the scratch file does not fit.
     """
@@ -175,6 +180,7 @@ def find_outliers(
     if out is not None:
         out = Path(out)
         check_table_output("scores", out)
+
     cache = Cache(cache)
     modality = choose_modality(cache, settings.modality, settings.run)
     vectors = Vectors(cache, modality, settings.feature, settings.run, device=settings.device)
@@ -184,10 +190,11 @@ def find_outliers(
     if num_contents < 2:
         raise DataError(f"{cache.path}: expected at least 2 different {noun(modality)} to compare, got {num_contents}")
 
-    # Labels that are no classes and a cache without pairs were refused above and here, before the longest part.
+    # Pairs come before the neighbors: a cache without pairs is refused before the longest part.
     pair_cosines_S = _pair_cosines(vectors, progress)
     neighbors = find_neighbors(vectors, copies.unique_rows, min(settings.k, num_contents - 1), settings, progress)
 
+    # A score is added only if the cache has labels or pairs for it.
     typicality_S, best_S = best_per_sample(len(cache), copies.samples, _typicality(neighbors)[copies.content_ids])
     scores = {TYPICALITY: typicality_S}
     suggested_S = np.full(len(cache), -1)
@@ -195,6 +202,7 @@ def find_outliers(
         suggested_S, scores[MARGIN] = _vote(copies, neighbors.items[:, : settings.label_neighbors], labels.numbers)
     if pair_cosines_S is not None:
         scores[PAIR_COSINE] = pair_cosines_S
+
     report = OutlierReport(
         cache=cache,
         path=out,
@@ -217,7 +225,7 @@ def find_outliers(
 
 
 def find_neighbors(vectors: Vectors, rows_N: Ints, k: int, settings: OutlierSettings, progress: Progress) -> Neighbors:
-    """Find the K nearest neighbors of each item: of all others, or of those in its cluster and near its borders."""
+    """Find the K nearest neighbors of each item among all others, or among items in and near its cluster."""
     collector = NeighborCollector(len(rows_N), k)
     with compare(vectors, rows_N, _ANY_COSINE, settings, collector.add, progress) as arranged:
         recall = measure_neighbor_recall(arranged, collector.best, seed=settings.seed, progress=progress)
@@ -225,13 +233,15 @@ def find_neighbors(vectors: Vectors, rows_N: Ints, k: int, settings: OutlierSett
 
 
 def _read_labels(cache: Cache, column: str | None, progress: Progress) -> Labels | None:
-    """Return the class number of each sample, (S,), -1 without a label; None if no sample has a label.
+    """Return the class number of each sample, (S,), -1 without a label. Return None if no sample has a label.
 
-    Without a column, the default one is read if it exists and its values are classes.
+    If the column is None, the default one is read if it exists and its values are classes.
     """
     name = column or _LABEL
     if column is None and name not in cache.columns:
         return None
+
+    # A user asked for a named column, so its faults are errors; the default one is only a guess.
     try:
         labeled = np.flatnonzero(has_label(cache, np.arange(cache.info.num_samples), column=name))
         labels = read_labels(cache, labeled, column=name) if len(labeled) else None
@@ -242,6 +252,7 @@ def _read_labels(cache: Cache, column: str | None, progress: Progress) -> Labels
         return None
     if labels is None:
         return None
+
     numbers_S = np.full(cache.info.num_samples, -1, np.int64)
     numbers_S[labeled] = labels.numbers
     return Labels(names=labels.names, numbers=numbers_S)
@@ -249,19 +260,21 @@ def _read_labels(cache: Cache, column: str | None, progress: Progress) -> Labels
 
 def _typicality(neighbors: Neighbors) -> Floats:
     """Return the mean cosine of each content to its neighbors: (C,)."""
-    is_found_CK = neighbors.items >= 0
-    sums_C = np.where(is_found_CK, neighbors.cosines, 0).sum(axis=1, dtype=np.float64)
-    typicality_C: Floats = (sums_C / np.maximum(is_found_CK.sum(axis=1), 1)).astype(np.float32)
+    is_neighbor_CK = neighbors.items >= 0
+    sums_C = np.where(is_neighbor_CK, neighbors.cosines, 0).sum(axis=1, dtype=np.float64)
+    typicality_C: Floats = (sums_C / np.maximum(is_neighbor_CK.sum(axis=1), 1)).astype(np.float32)
     return typicality_C
 
 
 def _vote(copies: Copies, near_CK: Array, own_S: Ints) -> tuple[Ints, Floats]:
-    """Compare the label of each item with those of its neighbors: suggested classes and margins, (S,) each."""
+    """Compare the label of each item with its neighbors' labels: suggested classes and margins, (S,) each."""
+    # A content has the label of its first labeled copy, which is assigned last.
     label_C = np.full(len(near_CK), -1, np.int64)
     labeled = np.flatnonzero(own_S[copies.samples] >= 0)[::-1]
-    label_C[copies.content_ids[labeled]] = own_S[copies.samples[labeled]]  # of the first copy that has one
+    label_C[copies.content_ids[labeled]] = own_S[copies.samples[labeled]]
 
-    num_items, k = len(copies.content_ids), near_CK.shape[1]
+    num_items = len(copies.content_ids)
+    k = near_CK.shape[1]
     suggested_N = np.empty(num_items, np.int64)
     margins_N = np.empty(num_items, np.float32)
     for block in blocks(num_items, _COMPARISONS // k**2):  # k is at most 1,000
@@ -271,22 +284,23 @@ def _vote(copies: Copies, near_CK: Array, own_S: Ints) -> tuple[Ints, Floats]:
 
     # A sample whose items have no margin keeps the suggestion of the first.
     _, best_S = best_per_sample(len(own_S), copies.samples, np.nan_to_num(margins_N, nan=-np.inf))
-    is_missing_S = best_S < 0
-    margins_S = np.where(is_missing_S, np.float32(np.nan), margins_N[best_S])
-    return np.where(is_missing_S, -1, suggested_N[best_S]), margins_S
+    has_no_item_S = best_S < 0
+    margins_S = np.where(has_no_item_S, np.float32(np.nan), margins_N[best_S])
+    return np.where(has_no_item_S, -1, suggested_N[best_S]), margins_S
 
 
 def compare_labels(own_B: Ints, label_BK: Ints) -> tuple[Ints, Floats]:
-    """Compare the label of each item with those of its neighbors, nearest first; -1 is no label.
+    """Compare the label of each item with its neighbors' labels, nearest first. -1 means no label.
 
-    Returns the most frequent other label, (B,) int64, of equally frequent ones that of the nearest neighbor, -1 without
-    one; and the fraction of labeled neighbors with the own label less that with the other one, (B,) float32, NaN
-    without a label of its own or of a neighbor.
+    Returns two arrays. The first is the most frequent other label, (B,) int64, -1 without one. Ties go to the nearest
+    neighbor's label. The second is the fraction of labeled neighbors with the item's label less the fraction with the
+    other label, (B,) float32. It is NaN if the item or all of its neighbors have no label.
 
     Example:
         >>> compare_labels(np.array([0]), np.array([[1, 0, 1, -1, 1]]))
         (array([1]), array([-0.5], dtype=float32))
     """
+    # Each label is counted among the neighbors' labels; the first of the highest counts is the nearest.
     is_labeled_BK = label_BK >= 0
     counts_BK = (label_BK[:, :, None] == label_BK[:, None, :]).sum(axis=2)
     is_own_BK = is_labeled_BK & (label_BK == own_B[:, None])
@@ -297,12 +311,12 @@ def compare_labels(own_B: Ints, label_BK: Ints) -> tuple[Ints, Floats]:
 
     num_labeled_B = is_labeled_BK.sum(axis=1)
     margins_B = (is_own_BK.sum(axis=1) - other_B) / np.maximum(num_labeled_B, 1)
-    is_known_B = (own_B >= 0) & (num_labeled_B > 0)
-    return suggested_B, np.where(is_known_B, margins_B, np.nan).astype(np.float32)
+    has_margin_B = (own_B >= 0) & (num_labeled_B > 0)
+    return suggested_B, np.where(has_margin_B, margins_B, np.nan).astype(np.float32)
 
 
 def _pair_cosines(vectors: Vectors, progress: Progress) -> Floats | None:
-    """Compare the items of each pair by the run; None without one, or if the cache lacks a modality of it."""
+    """Compare the items of each pair by the run. Return None without a run, or if the cache lacks a modality of it."""
     cache = vectors.cache
     if vectors.run is None or not all(map(cache.features, vectors.run.modalities)):
         return None

@@ -16,7 +16,7 @@ from embedcache.progress import Progress, watch
 from embedcache.sources.images import decode_image
 from embedcache.store.cache import Cache
 
-NO_DISTANCE = 256  # in place of a hash distance, of which 255 is the largest
+NO_DISTANCE = 256  # above 255, the largest hash distance
 SAME_PICTURE = 24  # largest hash distance of an image to its copies, docs/about/results.md
 
 _HASH_PX = 24
@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 
 def open_images(cache: Cache) -> Thumbnails | None:
-    """Open the images of a cache to read them again; None, with a warning, if its source cannot be opened."""
+    """Open the images of a cache to read them again. Return None, with a warning, if its source cannot be opened."""
     try:
         return Thumbnails(cache)
     except EmbedcacheError as error:
@@ -34,7 +34,7 @@ def open_images(cache: Cache) -> Thumbnails | None:
 
 
 def hash_image(data: bytes) -> Array:
-    """Return the perceptual hash of an image file, (1728,) uint8; raise an ItemError if it cannot be decoded."""
+    """Return the perceptual hash of an image file, (1728,) uint8. Raise `ItemError` if it cannot be decoded."""
     image = decode_image(data).resize((_HASH_PX, _HASH_PX), Image.Resampling.LANCZOS)
     return np.asarray(image).ravel()
 
@@ -42,7 +42,7 @@ def hash_image(data: bytes) -> Array:
 def hash_distances(
     images: Thumbnails, rows_C: Ints, left: Ints, right: Ints, scratch: Path | str | None, progress: Progress
 ) -> Array:
-    """Compute the hash distances of pairs of contents, (L,) int16; `NO_DISTANCE` if an image cannot be read.
+    """Compute the hash distances of pairs of contents, (L,) int16. It is `NO_DISTANCE` if an image cannot be read.
 
     Each image is read and decoded once, on all cores. A warning says how many could not be read, and why. Scratch
     space: 1,728 bytes per image, in the folder `scratch` or the system's. Memory: 9 bytes per content, 20 per pair and
@@ -52,18 +52,20 @@ def hash_distances(
         images: reader of the images.
         rows_C: row of each content.
         left: (L,) one content of each pair.
-        right: (L,) the other one.
-        scratch: folder of the scratch file; None: the system's.
+        right: (L,) the other content of each pair.
+        scratch: folder of the scratch file. If None, use the system's.
         progress: progress in images.
 
     Raises:
         DiskFullError: the scratch file does not fit.
     """
+    # An image is hashed once, however many pairs it is in.
     is_paired_C = np.zeros(len(rows_C), bool)
     is_paired_C[left] = True
     is_paired_C[right] = True
     position_C = np.cumsum(is_paired_C) - 1
     rows = rows_C[is_paired_C]
+
     is_read = np.zeros(len(rows), bool)
     distances = np.empty(len(left), np.int16)
     reason = None
@@ -82,6 +84,7 @@ def hash_distances(
                 is_read[position] = failure is None
                 reason = reason or failure
 
+        # Hashes are uint8: the larger less the smaller cannot wrap around.
         for block in blocks(len(distances), _BLOCK):
             first = position_C[left[block]]
             second = position_C[right[block]]

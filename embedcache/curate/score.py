@@ -1,4 +1,4 @@
-"""A score per sample from cached vectors: a linear head, or the cosine with texts. Either is one product per item."""
+"""Score samples from cached vectors by a linear head or by the cosine with prompts. Both are one product per item."""
 
 import re
 from collections.abc import Mapping
@@ -44,7 +44,7 @@ class LinearHead:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreReport:
-    """Scores of the samples of a cache; a sample has that of its item with the highest one.
+    """Scores of the samples of a cache. A sample has the highest score of its items.
 
     Args:
         cache: the cache.
@@ -54,7 +54,7 @@ class ScoreReport:
         feature: the scored feature.
         source: what the score is, as JSON values.
         scores_S: (S,) a score per sample, NaN without a valid item.
-        rows_S: (S,) row of the item that has it, -1 without one.
+        rows_S: (S,) row of the item with this score, -1 without one.
     """
 
     cache: Cache
@@ -79,16 +79,16 @@ class ScoreReport:
 
     @property
     def num_samples(self) -> int:
-        """Number of samples that were not removed from the cache."""
+        """Number of samples, without removed ones."""
         return len(self.cache) - len(self.cache.removed)
 
     def quantiles(self, *fractions: float) -> list[float]:
         """Return quantiles of the scores."""
-        found: list[float] = np.nanquantile(self.scores_S, fractions).tolist()
-        return found
+        values: list[float] = np.nanquantile(self.scores_S, fractions).tolist()
+        return values
 
     def to_json(self) -> dict[str, Any]:
-        """Return what was scored, and quantiles of the scores, as JSON values."""
+        """Return the scored feature, the source of the score, and quantiles of the scores, as JSON values."""
         return {
             "cache": str(self.cache.path),
             "scores": str(self.path),
@@ -117,25 +117,29 @@ def score(
     Args:
         cache: path or URL of the cache.
         out: a `.parquet` file.
-        settings: the head or the texts, and which items are scored.
+        settings: the head or the prompts, and which items are scored.
         progress: progress in items.
         options: settings by their names on the command line, which replace those of `settings`.
 
     Raises:
-        SettingError: neither or both of a head and texts are given, or texts without an encoder for them.
+        SettingError: neither or both of a head and prompts are given, or prompts without an encoder for them.
         PathError: a file does not exist, or the output must not be written.
-        CorruptError, DataError: the file of the head cannot be read, or its width is not that of the feature.
+        CorruptError, DataError: the file of the head cannot be read, or its width differs from the feature's.
         UnknownNameError, UnfinishedError, FingerprintError: see `Vectors`.
     """
-    out, progress = Path(out), to_progress(progress)
+    out = Path(out)
+    progress = to_progress(progress)
     settings = merge_settings(ScoreSettings, settings, options)
     check_table_output("scores", out)
+
     vectors = Vectors(cache, settings.modality, settings.feature, settings.run, device=settings.device)
     if settings.weights is not None:
         head = read_head(settings.weights, vectors.width, fold_layers=settings.fold_layers)
     else:
         head = LinearHead(weights_P=_prompt_direction(vectors, settings))
     scores_S, rows_S = _score_samples(vectors, head, settings, progress)
+
+    # The source of a score is recorded, so that two tables can be told apart.
     if settings.weights is None:
         source: dict[str, Any] = {"prompts": list(settings.prompts), "negative": list(settings.negative)}
     else:
@@ -145,6 +149,7 @@ def score(
         "run": None if settings.run is None else str(settings.run),
         "run_weights": None if vectors.run is None else vectors.run.info.weights,
     }
+
     report = ScoreReport(
         cache=vectors.cache,
         path=out,
@@ -161,11 +166,13 @@ def score(
 
 
 def best_per_sample(num_samples: int, samples_N: Ints, values_N: Floats) -> tuple[Floats, Ints]:
-    """Return the highest value of each sample, NaN without any, and its position, the first of equal ones: (S,) each.
+    """Return the highest value of each sample and its position: (S,) each. Ties go to the first position.
 
-    The position of a sample without any is -1.
+    A sample without a value has NaN and position -1.
     """
     best_S = np.full(num_samples, -1, np.int64)
+
+    # Sorted by sample, then from the highest value, so the first of each sample is its best.
     order = np.lexsort((np.arange(len(values_N)), -values_N, samples_N))
     samples, first = np.unique(samples_N[order], return_index=True)
     best_S[samples] = order[first]
@@ -179,9 +186,12 @@ def _score_samples(
 ) -> tuple[Floats, Ints]:
     """Return the score of each sample and the row of the item that has it."""
     item_samples = vectors.cache.items(vectors.modality, columns=["sample"])["sample"].to_numpy()
-    rows, scores = [np.empty(0, np.int64)], [np.empty(0, np.float32)]
-    progress.start("scoring", len(vectors.rows), noun(vectors.modality))
+    rows = [np.empty(0, np.int64)]
+    scores = [np.empty(0, np.float32)]
     stored = ((rows_B, inputs.values) for rows_B, inputs in vectors.feature.blocks())
+
+    # Products are summed in float64, so that a score does not depend on the division into blocks.
+    progress.start("scoring", len(vectors.rows), noun(vectors.modality))
     for rows_B, vectors_BP in vectors.blocks() if settings.normalize else stored:
         scores_B = (vectors_BP.astype(np.float64) @ head.weights_P + head.bias).astype(np.float32)
         check_finite(scores_B, f"scores of {vectors.feature.name}", rows=rows_B)
@@ -189,63 +199,72 @@ def _score_samples(
         scores.append(scores_B)
         progress.advance(len(rows_B))
     progress.finish()
-    rows_N, scores_N = np.concatenate(rows), np.concatenate(scores)
+
+    rows_N = np.concatenate(rows)
+    scores_N = np.concatenate(scores)
     scores_S, best_S = best_per_sample(vectors.cache.info.num_samples, item_samples[rows_N], scores_N)
     return scores_S, np.where(best_S < 0, -1, rows_N[best_S])
 
 
 def _prompt_direction(vectors: Vectors, settings: ScoreSettings) -> Array:
-    """Return the mean direction of the prompts less that of the negative ones: (P,) float64."""
-    texts = [*settings.prompts, *settings.negative]
-    encoded_TP = _encode_texts(vectors, texts, str(torch_device(settings.device))).astype(np.float64)
+    """Return the mean direction of the prompts less the mean direction of the negative prompts: (P,) float64."""
+    prompts = [*settings.prompts, *settings.negative]
+    encoded_TP = _encode_prompts(vectors, prompts, str(torch_device(settings.device))).astype(np.float64)
     direction_P: Array = normalize(encoded_TP[: len(settings.prompts)].mean(axis=0)).astype(np.float64)
     if settings.negative:
         direction_P -= normalize(encoded_TP[len(settings.prompts) :].mean(axis=0))
     return direction_P
 
 
-def _encode_texts(vectors: Vectors, texts: list[str], device: str) -> Floats:
-    """Encode texts into the space of the vectors: (T, P) float32, rows of length 1."""
+def _encode_prompts(vectors: Vectors, prompts: list[str], device: str) -> Floats:
+    """Encode prompts into the space of the vectors: (T, P) float32, rows of length 1."""
     if vectors.run is None and vectors.modality != "text":
         raise SettingError(f"prompt: expected --run RUN to compare {noun(vectors.modality)} with, got none")
+
+    # The encoder must be the one whose features the run was trained on, or the prompts lie in another space.
     pair = None if vectors.run is None else vectors.run.pair
     source: Any = vectors.feature if vectors.run is None else vectors.run.input("text")
     name = vectors.feature.name if vectors.run is None else source.feature
     encoder = open_feature_encoder(
         source.spec, modality="text", feature=name, fingerprint=source.fingerprint, device=device
     )
+
     parts = []
-    for values in encoder.batches(len(texts), lambda rows: encoder.prepare(texts[rows])):
+    for values in encoder.batches(len(prompts), lambda rows: encoder.prepare(prompts[rows])):
         inputs = to_inputs(values)
         parts.append(normalize(inputs.values) if pair is None else project(pair.tower("text"), inputs, device=device))
     return np.concatenate(parts)
 
 
 def read_head(path: Path, width: int, *, fold_layers: bool = False) -> LinearHead:
-    """Read a linear head of one output: nothing in the file is executed.
+    """Read a linear head of one output. Nothing in the file is executed.
 
     Args:
-        path: `.npy` of `width` weights, or one more with the bias last; or `.safetensors`, `.pt` or `.pth` with tensors
-            `weight` and, if there is one, `bias`, as `torch.nn.Linear` names them.
+        path: `.npy` of `width` weights, or one more with the bias last. Or `.safetensors`, `.pt` or `.pth` with tensors
+            `weight` and optionally `bias`, as `torch.nn.Linear` names them.
         width: P, the width of the vectors.
         fold_layers: multiply several layers into one, which is right if there is no activation between them.
 
     Raises:
         PathError: the file does not exist, or has another suffix.
         CorruptError: the file cannot be read.
-        DataError: its tensors are no such head; the message has their shapes.
+        DataError: its tensors are not a linear head of this width. The message contains their shapes.
     """
     if path.suffix not in (".npy", ".safetensors", ".pt", ".pth") or not path.is_file():
         raise PathError(f"weights: expected a .npy, .safetensors or .pth file that exists, got {path}")
+
     layers = [_read_array(path, width)] if path.suffix == ".npy" else _read_layers(path)
     if len(layers) > 1 and not fold_layers:
         raise DataError(f"{path}: expected one layer, got {len(layers)}; --fold-layers multiplies linear ones")
+
+    # Several linear layers without activations are one: (W2 (W1 x + b1) + b2).
     weights_UP, bias_U = layers[0]
     for weight_TU, bias_T in layers[1:]:
         if weight_TU.shape[1] != len(weights_UP):
             raise DataError(f"{path}: expected a layer of {len(weights_UP)} inputs, got a weight of {weight_TU.shape}")
         weights_UP = weight_TU @ weights_UP
         bias_U = weight_TU @ bias_U + bias_T
+
     if weights_UP.shape != (1, width):
         raise DataError(f"{path}: expected {width:,} weights for these vectors, got shape {weights_UP.shape}")
     check_finite(np.append(weights_UP, bias_U), f"the head {path}")
@@ -253,7 +272,7 @@ def read_head(path: Path, width: int, *, fold_layers: bool = False) -> LinearHea
 
 
 def _read_array(path: Path, width: int) -> tuple[Array, Array]:
-    """Return the weights of one layer and its bias, which is the last number if there is one more than needed."""
+    """Return the weights of one layer and its bias. An additional last number is the bias."""
     values = np.atleast_2d(read_npy(path).squeeze()).astype(np.float64)
     has_bias = values.shape == (1, width + 1)
     return (values[:, :-1], values[:, -1]) if has_bias else (values, np.zeros(len(values)))
@@ -263,11 +282,15 @@ def _read_layers(path: Path) -> list[tuple[Array, Array]]:
     """Return the weights and biases of the linear layers in a file, in the order of the numbers in their names."""
     try:
         is_safe = path.suffix == ".safetensors"
-        read: Any = load_file(path) if is_safe else torch.load(path, map_location="cpu", weights_only=True)
+        stored: Any = load_file(path) if is_safe else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and safetensors have no common base class
         raise CorruptError(f"{path}: expected a file of tensors, got an error: {one_line(error)}") from error
-    read = read.get("state_dict", read) if isinstance(read, dict) else {}
-    tensors = {name: value.detach().double().numpy() for name, value in read.items() if isinstance(value, torch.Tensor)}
+
+    # Checkpoints of some trainers have the weights one level down.
+    state = stored.get("state_dict", stored) if isinstance(stored, dict) else {}
+    tensors = {
+        name: value.detach().double().numpy() for name, value in state.items() if isinstance(value, torch.Tensor)
+    }
 
     layers = []
     names = [name for name in tensors if _LAYER.fullmatch(name)]

@@ -1,4 +1,4 @@
-"""Selecting samples of a cache: by a named method, or from other selections."""
+"""Select samples of a cache by a named method, or from other selections."""
 
 import inspect
 from collections.abc import Iterator
@@ -56,8 +56,9 @@ SELECTORS = Registry(
 )
 """Each is a function `method(pool, **arguments) -> Selection`, whose rows ascend.
 
-It names what it needs as keyword arguments, required ones without a default: `budget`, a whole number; `scores`,
-`concepts` and `target`, opened; `run`, a path; `seed` and `device`. All other arguments are parameters of its name.
+Its keyword arguments name its inputs, and a required input has no default. Inputs are `budget`, a whole number,
+`scores`, `concepts` and `target`, which are opened, `run`, a path, `seed` and `device`. All other arguments are
+parameters that the method's text can set, as in `metaclip:head=100`.
 """
 
 _NEEDED = {
@@ -102,13 +103,13 @@ def select(
     progress: AnyProgress = None,
     **options: Unpack["SelectOptions"],
 ) -> SelectReport:
-    """Select some samples of a cache and write the selection; the same arguments give the same selection.
+    """Select some samples of a cache and write the selection. The same arguments give the same selection.
 
     Args:
         cache: path or URL of the cache.
         out: Parquet file to write, or to replace.
-        method: a name in `SELECTORS` or `module:attribute`, and parameters of it, such as `metaclip:head=100`.
-        settings: how much is selected, by what, and from which samples.
+        method: a name in `SELECTORS` or `module:attribute`, with parameters such as `metaclip:head=100`.
+        settings: the budget, the inputs of the method, and the samples to choose from.
         options: settings by their names on the command line, which replace those of `settings`.
         progress: progress in items.
 
@@ -120,7 +121,8 @@ def select(
         FingerprintError: the run, the concepts or the target have features of another encoder.
         UnfinishedError: chunks of a feature are missing.
     """
-    out, settings = Path(out), merge_settings(SelectSettings, settings, options)
+    out = Path(out)
+    settings = merge_settings(SelectSettings, settings, options)
     progress = to_progress(progress)
     check_table_output("selection", out)
     bound = load_method(method)
@@ -129,17 +131,22 @@ def select(
     modality = settings.modality or _default_modality(Cache(cache), bound, settings)
     pool = Pool(cache, modality, settings, progress=progress)
     num_pool = len(pool.samples)
+
+    # A fraction is of the pool, whose size is known only now.
     if isinstance(settings.budget, float):
         settings = replace_fields(settings, budget=max(1, round(settings.budget * num_pool)))
     if settings.budget is not None and settings.budget > num_pool:
         raise SettingError(f"budget: expected at most the {num_pool:,} samples of the pool, got {settings.budget:,}")
+
     selection = apply_method(bound, pool, settings)
     write_selection(out, pool.cache, selection, _record(method, bound, pool, settings), progress=progress)
     return SelectReport(path=out, num_selected=len(selection.rows), num_pool=num_pool)
 
 
 class Pool:
-    """Some samples of one cache, with their vectors, captions, concepts and target, each read when a method needs it.
+    """Samples of one cache from which a method selects.
+
+    Vectors, captions, concepts and target are read when the method needs them.
 
     Args:
         cache_path: path or URL of the cache.
@@ -169,7 +176,7 @@ class Pool:
 
     @cached_property
     def vectors(self) -> Vectors:
-        """Vectors of the compared items: of the feature of the settings, or the only one that the concepts have too."""
+        """Vectors of the compared items. Without a feature in the settings, the feature shared with the concepts."""
         settings = self._settings
         feature = settings.feature
         if feature is None and settings.run is None and settings.concepts is not None:
@@ -178,9 +185,9 @@ class Pool:
 
     @cached_property
     def feature(self) -> str | None:
-        """Name of the feature of the vectors; None if none is named, and there are several or none.
+        """Name of the feature of the vectors, None if none is set and the cache does not have exactly one.
 
-        A random draw needs none.
+        A random draw needs no feature.
         """
         try:
             return self.vectors.feature.name
@@ -191,10 +198,11 @@ class Pool:
 
     @cached_property
     def _is_inside_S(self) -> Bools:
-        """Whether each sample of the cache is of the selection and meets the condition that limit the pool: (S,)."""
+        """Whether each sample of the cache is in the selection and meets the condition of the settings: (S,)."""
         samples = samples_within([self.cache], self._settings.selection, self._settings.where)
         if samples is None:
             return np.ones(len(self.cache), bool)
+
         is_inside_S = np.zeros(len(self.cache), bool)
         is_inside_S[samples] = True
         return is_inside_S
@@ -209,26 +217,28 @@ class Pool:
     def samples(self) -> Ints:
         """Samples of the pool that have such an item, or a score if there are scores, ascending: (S,) int64.
 
-        Without a feature, those that have an item of the modality.
+        Without a feature, any item of the modality counts.
         """
         if self._settings.scores is not None:
-            is_there_S = np.isfinite(self.scores.values)
-            what = self.scores.name
+            has_value_S = np.isfinite(self.scores.values)
+            thing = self.scores.name
         else:
-            feature = self.feature  # choosing it may be a step of its own
-            self.progress.start("finding samples", 0, "samples")  # nearly all of it is reading the commits, all at once
+            feature = self.feature  # chosen first, as the choice reports its own progress
+
+            # The total is unknown: nearly all of the time goes into reading the commits.
+            self.progress.start("finding samples", 0, "samples")
             rows = ~self.cache.removed_items(self.modality) if feature is None else self.vectors.rows
-            is_there_S = np.zeros(len(self.cache), bool)
-            is_there_S[self._samples_of(self.modality)[rows]] = True
-            what = noun(self.modality) if feature is None else f"{noun(self.modality)} of {feature}"
+            has_value_S = np.zeros(len(self.cache), bool)
+            has_value_S[self._samples_of(self.modality)[rows]] = True
+            thing = noun(self.modality) if feature is None else f"{noun(self.modality)} of {feature}"
             self.progress.finish()
 
-        samples: Ints = np.flatnonzero(is_there_S & self._is_inside_S)
+        samples: Ints = np.flatnonzero(has_value_S & self._is_inside_S)
         if not len(samples):
-            where = self._settings.selection or self._settings.scores or self.cache.path
-            others = [name for name in MODALITIES if name != self.modality and self.cache.features(name)]
-            step = f"; choose others with --modality: {', '.join(others)}" if others else ""
-            raise DataError(f"{where}: expected samples with {what}, got none{step}")
+            origin = self._settings.selection or self._settings.scores or self.cache.path
+            modalities = [name for name in MODALITIES if name != self.modality and self.cache.features(name)]
+            step = f"; choose others with --modality: {', '.join(modalities)}" if modalities else ""
+            raise DataError(f"{origin}: expected samples with {thing}, got none{step}")
         return samples
 
     @cached_property
@@ -272,8 +282,8 @@ class Pool:
 
     def sample(self, size: int, *, seed: int) -> Floats:
         """Read a random sample of the items, or all items if there are no more: (M, P)."""
-        drawn = np.random.default_rng(seed).permutation(self._rows)[:size]
-        return self.vectors.read(np.sort(drawn), self.progress)
+        rows = np.random.default_rng(seed).permutation(self._rows)[:size]
+        return self.vectors.read(np.sort(rows), self.progress)
 
     @cached_property
     def _rows(self) -> Ints:
@@ -281,41 +291,44 @@ class Pool:
         return self.vectors.rows[self.item_samples[self.vectors.rows] >= 0]
 
     def texts(self) -> Iterator[tuple[Ints, list[str]]]:
-        """Iterate over the captions of the pool: the sample of each (B,), and the texts. Memory: the table of texts."""
+        """Iterate over the captions of the pool: the sample of each (B,), and the captions. Memory: their table."""
         is_inside_S = np.zeros(self.cache.info.num_samples, bool)
         is_inside_S[self.samples] = True
         items = self.cache.items("text", columns=["sample", "text"])
         parts = (items.slice(start, _TEXTS_PER_BLOCK) for start in range(0, len(items), _TEXTS_PER_BLOCK))
         for block in watch(parts, self.progress, "reading captions", len(items), noun("text")):
             is_inside = is_inside_S[block["sample"].to_numpy()]
-            kept = block.filter(pa.array(is_inside))
-            yield kept["sample"].to_numpy().astype(np.int64), kept["text"].to_pylist()
+            captions = block.filter(pa.array(is_inside))
+            yield captions["sample"].to_numpy().astype(np.int64), captions["text"].to_pylist()
 
     @property
     def pair(self) -> tuple[str, str]:
         """Modality of the pool, and the other one of the run, with which `pair_scores` compares it."""
-        other = self.vectors.other_modality
-        if other is None:
+        partner = self.vectors.other_modality
+        if partner is None:
             raise SettingError("run: expected a run of two modalities, got none; give --run RUN")
-        return self.modality, other
+        return self.modality, partner
 
     def pair_scores(self) -> tuple[Ints, Floats]:
-        """Compare each item of the pool with those of the run's other modality of its sample, projected by the run.
+        """Compare each item of the pool with its sample's items of the run's other modality, projected by the run.
 
         Returns samples with both, ascending, (M,) int64, and the best cosine of each, (M,) float32. Raises `DataError`
         if no sample has both.
         """
-        pair, other = self.pair, self.pair[1]
-        others = Vectors(self.cache.path, other, run_path=self._settings.run, device=self._settings.device)
-        other_samples = self._samples_of(other)[others.rows]
+        pair = self.pair
+        partners = Vectors(self.cache.path, pair[1], run_path=self._settings.run, device=self._settings.device)
+        partner_samples = self._samples_of(pair[1])[partners.rows]
+
+        # Items are in the order of their samples, so the partners of an item are a range.
         best = np.full(self.cache.info.num_samples, -np.inf, np.float32)
         for samples, vectors_BP in self.blocks("comparing {} with their {}".format(*pair_nouns(pair))):
-            start = np.searchsorted(other_samples, samples)
-            counts = np.searchsorted(other_samples, samples, side="right") - start
-            left, right = concatenated_ranges(start, counts)
-            if len(right):
-                cosines = np.einsum("mp,mp->m", vectors_BP[left], others.read(others.rows[right]))
-                np.maximum.at(best, samples[left], cosines)
+            starts = np.searchsorted(partner_samples, samples)
+            counts = np.searchsorted(partner_samples, samples, side="right") - starts
+            item_M, partner_M = concatenated_ranges(starts, counts)
+            if len(partner_M):
+                cosines = np.einsum("mp,mp->m", vectors_BP[item_M], partners.read(partners.rows[partner_M]))
+                np.maximum.at(best, samples[item_M], cosines)
+
         paired_samples = np.flatnonzero(np.isfinite(best))
         if not len(paired_samples):
             raise DataError(f"{self.cache.path}: expected samples with both {name_pair(pair)}, got none")
@@ -332,12 +345,12 @@ def load_method(method: str) -> partial[Selection]:
 
 
 def named_inputs(bound: partial[Selection]) -> list[str]:
-    """Return what a method takes of `budget`, `scores`, `concepts`, `target`, `run`, `seed` and `device`."""
+    """Return the inputs of a method among `budget`, `scores`, `concepts`, `target`, `run`, `seed` and `device`."""
     return [name for name in inspect.signature(bound.func).parameters if name in _GIVEN]
 
 
 def apply_method(bound: partial[Selection], pool: Pool, settings: SelectSettings) -> Selection:
-    """Call a method with those of its inputs that are set."""
+    """Call a method with its inputs that are set."""
     inputs = {}
     for name in named_inputs(bound):
         if getattr(settings, name) is not None:
@@ -346,13 +359,14 @@ def apply_method(bound: partial[Selection], pool: Pool, settings: SelectSettings
 
 
 def _check_inputs(method: str, bound: partial[Selection], settings: SelectSettings) -> None:
-    """Check that a method has all inputs that it needs, and uses all that are given, else raise `SettingError`."""
+    """Raise `SettingError` if a method lacks a required input, or does not use one that is given."""
     arguments = inspect.signature(bound.func).parameters
-    for name, needed in _NEEDED.items():
+    for name, option in _NEEDED.items():
         is_required = name in arguments and arguments[name].default is inspect.Parameter.empty
         if is_required and getattr(settings, name) is None:
-            raise SettingError(f"--method {method}: expected {needed}, got none")
+            raise SettingError(f"--method {method}: expected {option}, got none")
 
+    # An input that the method ignores would suggest a result that it does not have.
     refused = {"budget", "scores", "concepts", "target"} - set(arguments)
     if "scores" in arguments:  # no features are read
         refused |= {"run", "feature", "modality"}
@@ -363,7 +377,7 @@ def _check_inputs(method: str, bound: partial[Selection], settings: SelectSettin
 
 
 def _default_modality(cache: Cache, bound: partial[Selection], settings: SelectSettings) -> str:
-    """Return the modality of the pool: text to compare with concepts, the run's first for its pairs, else images."""
+    """Return the modality of the pool: text for concepts, the run's first for its pairs, images otherwise."""
     names = None if settings.run is None else Run.open(settings.run, kind=PAIR).modalities
     inputs = named_inputs(bound)
     if "run" in inputs and names is not None:
@@ -375,9 +389,11 @@ def _default_modality(cache: Cache, bound: partial[Selection], settings: SelectS
 
 
 def _record(method: str, bound: partial[Selection], pool: Pool, settings: SelectSettings) -> dict[str, Any]:
-    """Return what was selected by, as the metadata of the selection; with scores no vectors are compared."""
-    known = find_parameters(SELECTORS, bound.func, given=_GIVEN)
-    parameters = {name: item.default for name, item in known.items()} | bound.keywords
+    """Return the method, its parameters and the settings, as the metadata of the selection."""
+    declared = find_parameters(SELECTORS, bound.func, given=_GIVEN)
+    parameters = {name: item.default for name, item in declared.items()} | bound.keywords
+
+    # With scores, no vectors are compared, so there is no modality or feature.
     has_scores = settings.scores is not None
     return {
         "method": plugin_name(method),
@@ -399,14 +415,14 @@ def combine_selections(
 ) -> int:
     """Write the samples of one selection that are also in another (`and`) or not (`minus`), and return their number.
 
-    The columns are those of the first and, with `and`, of the second, with a `_2` after a name that both have. Progress
-    is in samples.
+    The columns of the first selection are written. `and` adds the columns of the second, with `_2` after a name that
+    both have.
 
     Args:
         cache: path or URL of the cache.
         out: a new `.parquet` file.
         first: a selection, or any list of keys that `read_selection` reads.
-        operation: `and` keeps the samples of both, `minus` those that the second lacks.
+        operation: `and` keeps the samples of both, `minus` the samples that the second lacks.
         second: another selection.
         progress: progress in samples.
 
@@ -420,24 +436,29 @@ def combine_selections(
     """
     cache = Cache(cache)
     is_and = operation == "and"
-    left = read_selection_table(str(first), [cache])
-    right = read_selection_table(str(second), [cache], can_be_removed=not is_and)
-    is_both_L = np.isin(left.rows, right.rows, assume_unique=True)
+
+    # `minus` may name removed samples, as it leaves them out anyway.
+    first_table = read_selection_table(str(first), [cache])
+    second_table = read_selection_table(str(second), [cache], can_be_removed=not is_and)
+    is_both_L = np.isin(first_table.rows, second_table.rows, assume_unique=True)
     places = np.flatnonzero(is_both_L if is_and else ~is_both_L)
-    rows = left.rows[places]
+    rows = first_table.rows[places]
     if not len(rows):
         raise DataError(
-            f"{first} {operation} {second}: expected at least one sample, got none: they select {len(left.rows):,} and "
-            f"{len(right.rows):,} samples of {cache.path}, {int(is_both_L.sum()):,} of them both"
+            f"{first} {operation} {second}: expected at least one sample, got none: they select "
+            f"{len(first_table.rows):,} and {len(second_table.rows):,} samples of {cache.path}, "
+            f"{int(is_both_L.sum()):,} of them both"
         )
-    table = left.columns.take(pa.array(places))
+
+    table = first_table.columns.take(pa.array(places))
     columns = dict(zip(table.column_names, table.columns, strict=True))
     if is_and:
-        other = right.columns.take(pa.array(np.searchsorted(right.rows, rows)))
-        for name, values in zip(other.column_names, other.columns, strict=True):
+        added = second_table.columns.take(pa.array(np.searchsorted(second_table.rows, rows)))
+        for name, values in zip(added.column_names, added.columns, strict=True):
             while name in columns:
                 name += "_2"
             columns[name] = values
+
     record = {"method": operation, "selections": [str(first), str(second)]}
     selection = Selection(rows=rows, columns=columns)
     write_selection(Path(out), cache, selection, record, progress=to_progress(progress))
