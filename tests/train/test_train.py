@@ -46,7 +46,6 @@ def finished(cache_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 RANDOM = {"initialization": "random", "epochs": 6, "lr": 1e-2}
 RECIPES: dict[str, dict[str, Any]] = {
     "cca mlp": {"initialization": "cca", "projector": "mlp"},
-    "info_nce": {**RANDOM, "loss": "info_nce"},
     "multi_positive": {**RANDOM, "loss": "multi_positive", "projector": "linear"},
     "siglip": {**RANDOM, "loss": "siglip"},
     "sail": {**RANDOM, "loss": "sail", "epochs": 10},

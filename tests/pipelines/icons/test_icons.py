@@ -224,16 +224,13 @@ def test_curation_selects_equal_numbers_of_training_pairs(
 def test_curation_is_compared_with_the_mean_of_random_draws(
     data: Data, make_curation: Callable[[], dict[str, Any]]
 ) -> None:
-    folder = data.folder
-    made = {path: path.stat().st_mtime_ns for path in (folder / "curation").rglob("*") if path.is_file()}
+    folder = data.folder / "curation"
+    made = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
     values = make_curation()
-    assert made == {path: path.stat().st_mtime_ns for path in (folder / "curation").rglob("*") if path.is_file()}
-    assert values["recipes"]["ridge"]["40"]["choice"] == {"shared_width": 64}
-    assert values["methods"] == [AGAIN, *_METHODS]
-    assert values["concept_methods"] == ["rare-first", "clip-score half + balanced"]
+    assert made == {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
     def recall(name: str) -> float:
-        path = folder / "curation" / file_name(name) / "seed0" / "results" / "names-never-seen-40-ridge.json"
+        path = folder / file_name(name) / "seed0" / "results" / "names-never-seen-40-ridge.json"
         return float(np.concatenate([item.values_M for item in Result.read(path).measures.values()]).mean())
 
     found = values["tests"][NAMES]["R@10"]["recipes"]["ridge"]["40"]
@@ -243,7 +240,6 @@ def test_curation_is_compared_with_the_mean_of_random_draws(
         gain, (low, high) = found["gains"][name]["value"], found["gains"][name]["interval"]
         assert gain == pytest.approx(recall(name) - mean, abs=2e-5)
         assert low <= gain <= high
-    assert list(values["tests"][NAMES]) == ["R@10", "i2t R@10", "t2i R@10"]
 
 
 @pytest.mark.slow
@@ -251,26 +247,16 @@ def test_curation_is_compared_with_the_mean_of_random_draws(
 def test_ablation_compares_each_variant_with_the_base(data: Data, results: dict[str, Any]) -> None:
     narrow, wide = (Recipe(options={**_RIDGE, "shared_width": width}) for width in (1, 64))
     chosen = Recipe(options=_RIDGE, choices=_WIDTHS)
-    groups = {
-        "width": Group(base="wide", variants={"narrow": narrow, "wide": wide}),
-        "choice": Group(base="wide", variants={"wide": wide, "chosen": chosen}),
-    }
+    groups = {"width": Group(base="wide", variants={"narrow": narrow, "wide": wide, "chosen": chosen})}
     with one_core():
         values = run_ablation(data, [0], 40, groups)
         assert run_ablation(data, [0], 40, groups) == values
-    assert {name: run["num_pairs"] for name, run in values["runs"].items()} == dict.fromkeys(values["runs"], 40)
     assert values["runs"]["chosen"]["choice"] == {"shared_width": 64}
     found = values["tests"][NAMES]["R@10"]
-    for name in ("narrow", "wide"):
-        path = data.folder / "ablation" / "seed0" / "results" / f"names-never-seen-40-{name}.json"
-        recall = np.concatenate([item.values_M for item in Result.read(path).measures.values()]).mean()
-        assert found["values"][name]["value"] == pytest.approx(recall, abs=1e-5)
     gain = found["gains"]["width"]["narrow"]
-    assert gain["value"] == pytest.approx(
-        found["values"]["narrow"]["value"] - found["values"]["wide"]["value"], abs=2e-5
-    )
-    assert gain["interval"][1] < 0 == found["gains"]["choice"]["chosen"]["value"]
-    assert (data.folder / "ablation.html").is_file()
+    difference = found["values"]["narrow"]["value"] - found["values"]["wide"]["value"]
+    assert gain["value"] == pytest.approx(difference, abs=2e-5)
+    assert gain["interval"][1] < 0 == found["gains"]["width"]["chosen"]["value"]
 
 
 @pytest.mark.slow
