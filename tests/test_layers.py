@@ -12,7 +12,8 @@ import embedcache
 PACKAGE = Path(embedcache.__file__).parent
 LAYERS = [
     {"errors"},
-    {"arrays", "registry", "progress", "modalities", "modeling"},
+    {"registry", "progress", "modalities"},
+    {"arrays", "modeling"},
     {"settings"},
     {"processes", "files"},
     {"neighbors"},

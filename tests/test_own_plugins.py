@@ -71,5 +71,6 @@ def test_modules_of_the_page_run_in_commands(folder: Path) -> None:
     cosines = pq.read_table(folder / "unusual.parquet")["cosine"].to_pylist()
     assert len(cosines) == 6
     assert all(0 < cosine < 1 for cosine in cosines)
-    probe = ("evaluate", "probe", "cache", "--label", "label", "--classifier", "my_probes:fit_centroids")
+    probe = ("evaluate", "probe", "cache", "--label", "label", "--split", "key")
+    probe = (*probe, "--classifier", "my_probes:fit_centroids")
     assert "my_probes:fit_centroids" in succeed(*probe, cwd=folder)

@@ -13,12 +13,13 @@ from embedcache.curate.settings import (
     ScoreSettings,
     SelectSettings,
 )
+from embedcache.dataset.settings import SplitSettings
 from embedcache.errors import SettingError
 
 
 def test_limits_of_leaks_are_by_modality() -> None:
-    assert LeakSettings().cosines == {"image": 0.95, "text": 0.95}
-    assert LeakSettings(cosines={"audio": 0.7}).cosines == {"image": 0.95, "text": 0.95, "audio": 0.7}
+    assert LeakSettings().cosines == SplitSettings().cosines
+    assert LeakSettings(cosines={"audio": 0.7}).cosines == {**SplitSettings().cosines, "audio": 0.7}
 
 
 RUN, HEAD = Path("run"), Path("head.npy")

@@ -122,7 +122,7 @@ def test_clip_benchmark_build_reads_results(
     import clip_benchmark.cli
 
     retrieved = evaluate_retrieval(cache_path, [folder / "run"], RETRIEVAL)
-    probe = evaluate_probe(folder / "labeled", feature="open_toy/cls", classifier=("ridge",))
+    probe = evaluate_probe(folder / "labeled", feature="open_toy/cls", classifier=("ridge",), split="key")
     shown = {
         "a": present_zero_shot({"run": classified}, folder / "labeled", ZeroShotSettings()),
         "b": present_probe(probe, "labeled"),
