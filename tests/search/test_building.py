@@ -308,15 +308,10 @@ def test_unfinished_index_of_another_feature_raises(cache_path: Path, tmp_path: 
         build_index(cache_path, tmp_path, IndexSettings(feature="open_toy/cls", width=5))
 
 
-def test_build_on_other_samples_raises(tmp_path: Path) -> None:
-    cache = write_cache(tmp_path, 20)
-    build(cache, tmp_path / "index", "exact")
-    shutil.rmtree(cache)
-    shutil.rmtree(tmp_path / "source")
-    write_images(tmp_path / "source", 30, seed=3)
-    extract(open_source(tmp_path / "source"), cache, image_encoder=[IMAGE])
+def test_build_on_other_samples_raises(two_caches: list[Path], tmp_path: Path) -> None:
+    build(two_caches[0], tmp_path / "index", "exact")
     with pytest.raises(FingerprintError, match="samples"):
-        build(cache, tmp_path / "index", "exact")
+        build(two_caches[1], tmp_path / "index", "exact")
 
 
 def test_concurrent_builds_build_once(cache_path: Path, whole: Whole, tmp_path: Path) -> None:

@@ -129,23 +129,17 @@ def test_search_with_token_run(cache_path: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_search_on_other_samples_raises(cache_path: Path, tmp_path: Path) -> None:
-    shutil.copytree(cache_path, tmp_path / "cache")
-    build_index(tmp_path / "cache", tmp_path / "index", IndexSettings(feature="open_toy/mean", modality="text"))
-    shutil.rmtree(tmp_path / "cache")
-    source = open_source(write_images(tmp_path / "s", 30, seed=5))
-    extract(source, tmp_path / "cache", text_encoder=[TEXT])
+def test_index_of_other_samples_or_of_another_encoder_raises(tmp_path: Path) -> None:
+    for name, count, seed in (("cache", 30, 0), ("other", 30, 5)):
+        source = write_images(tmp_path / f"{name}-source", count, seed=seed)
+        extract(open_source(source), tmp_path / name, text_encoder=[TEXT])
+    index = tmp_path / "index"
+    build_index(tmp_path / "cache", index, IndexSettings(modality="text"))
     with pytest.raises(FingerprintError, match="samples"):
-        search(tmp_path / "index", ["red"])
-
-
-def test_search_with_changed_encoder_raises(tmp_path: Path) -> None:
-    source = open_source(write_images(tmp_path / "s", 30))
-    extract(source, tmp_path / "c", text_encoder=[TEXT])
-    build_index(tmp_path / "c", tmp_path / "index", IndexSettings(modality="text"))
-    edit_record(tmp_path / "index" / "card.json", spec=f"{TEXT},scale=2")  # as if the weights had changed
+        search(index, ["red"], SearchSettings(cache=tmp_path / "other"))
+    edit_record(index / "card.json", spec=f"{TEXT},scale=2")  # as if the weights had changed
     with pytest.raises(FingerprintError, match="weights"):
-        search(tmp_path / "index", ["red"])
+        search(index, ["red"])
 
 
 @pytest.mark.slow
@@ -236,18 +230,6 @@ def test_query_concept_of_other_encoder_raises(cache_path: Path, concepts: Path,
         search(tmp_path / "index", Queries(concepts=["sky"], concept_cache=tmp_path / "other"))
 
 
-def test_query_concept_may_be_a_name_of_a_file(index_path: Path, tmp_path: Path) -> None:
-    names = tmp_path / "names.txt"
-    names.write_text("red\nblue")
-    extract(open_source(f"prompts:{names}"), tmp_path / "prompts", text_encoder=[TEXT])
-    hits, expected = (
-        search(index_path, Queries(concepts=["red", "blue"], concept_cache=path), SearchSettings(k=3))
-        for path in (names, tmp_path / "prompts")
-    )
-    assert [list(found) for found in hits] == [list(found) for found in expected]
-    assert list(hits[0]) != list(hits[1])
-
-
 def test_wrong_requests_raise(
     cache_path: Path, index_path: Path, labeled_index: Path, concepts: Path, run_path: Path, tmp_path: Path
 ) -> None:
@@ -257,6 +239,9 @@ def test_wrong_requests_raise(
     card = json.loads((later / "card.json").read_text())
     (later / "card.json").write_text(json.dumps({**card, "format": 9}))
     red = Queries(concepts=["red"], concept_cache=concepts)
+    text = tmp_path / "text.npy"
+    text.write_bytes(b"no array")
+    np.save(text.with_name("complex.npy"), np.full((2, 16), 1j))
 
     wrong: list[tuple[Callable[[], object], type[Exception], str]] = [
         (lambda: search(index_path, []), SettingError, "query"),
@@ -277,6 +262,9 @@ def test_wrong_requests_raise(
         (lambda: index.search(Queries(vectors=np.ones((2, 16, 16)))), DataError, r"\(2, 16, 16\)"),
         (lambda: index.search(Queries(vectors=np.eye(17, 16))), DataError, "row 16"),
         (lambda: index.search(Queries(vectors=np.full((2, 16), np.nan))), DataError, "NaN"),
+        (lambda: read_vectors(tmp_path / "no.npy"), PathError, "no.npy"),
+        (lambda: read_vectors(text), CorruptError, "text.npy"),
+        (lambda: read_vectors(text.with_name("complex.npy")), CorruptError, "complex128"),
         (lambda: index.search_vectors(np.ones(16)), DataError, "expected"),
         (lambda: index.search_vectors(np.ones((2, 15))), DataError, "15"),
         (lambda: index.search_vectors(np.full((2, 16), np.nan)), DataError, "finite"),
@@ -284,6 +272,25 @@ def test_wrong_requests_raise(
     for call, error, word in wrong:
         with pytest.raises(error, match=word):
             call()
+
+
+def test_queries_of_another_type_raise() -> None:
+    wrong: list[tuple[dict[str, Any], type[EmbedcacheError], str]] = [
+        ({"texts": [None]}, DataError, "texts"),
+        ({"keys": [3]}, DataError, "keys"),
+        ({"concepts": 3}, DataError, "concepts"),
+        ({"images": 3}, DataError, "items"),
+        ({"rows": [0, 1.5]}, DataError, "1.5"),
+        ({"rows": [float("inf")]}, DataError, "inf"),
+        ({"rows": [True]}, DataError, "True"),
+        ({"rows": [1, 2**70]}, DataError, "64 bits"),
+        ({"vectors": ["a"] * 32}, DataError, "vectors"),
+        ({"vectors": [[1], [1, 2]]}, DataError, "vectors"),
+        ({"concepts": ["red", "sky"]}, SettingError, "red"),
+    ]
+    for options, error, word in wrong:
+        with pytest.raises(error, match=word):
+            Queries(**options)
 
 
 def test_modalities_that_can_be_compared(index_path: Path, labeled_index: Path) -> None:
@@ -298,20 +305,6 @@ def test_modalities_that_can_be_compared(index_path: Path, labeled_index: Path) 
 def test_number_of_results(index_path: Path, k: int | None, num_hits: int) -> None:
     found = OpenIndex(index_path).search(Queries(keys=["00005", "00000"]), k=k)
     assert [len(hits) for hits in found] == [num_hits] * 2
-
-
-def test_files_of_vectors(tmp_path: Path) -> None:
-    path = tmp_path / "v.npy"
-    with pytest.raises(PathError, match="v.npy"):
-        read_vectors(path)
-    path.write_bytes(b"no array")
-    with pytest.raises(CorruptError, match="v.npy"):
-        read_vectors(path)
-    np.save(path, np.full((2, 16), 1j))
-    with pytest.raises(CorruptError, match="complex128"):
-        read_vectors(path)
-    np.save(path, np.eye(2, 3))
-    assert read_vectors(path).dtype == np.float32
 
 
 def test_names_of_queries(image_folder: Path) -> None:
@@ -332,26 +325,9 @@ def test_names_of_queries(image_folder: Path) -> None:
     assert Queries(keys=(key for key in "ab"), rows=3).names == ["a", "b", "row 3"]
 
 
-@pytest.mark.parametrize(
-    ("options", "word"),
-    [
-        ({"texts": [None]}, "texts"),
-        ({"keys": [3]}, "keys"),
-        ({"concepts": 3}, "concepts"),
-        ({"images": 3}, "items"),
-        ({"rows": [0, 1.5]}, "1.5"),
-        ({"rows": [float("inf")]}, "inf"),
-        ({"rows": [True]}, "True"),
-        ({"rows": [1, 2**70]}, "64 bits"),
-        ({"vectors": ["a"] * 32}, "vectors"),
-        ({"vectors": [[1], [1, 2]]}, "vectors"),
-    ],
-)
-def test_queries_of_another_type_raise(options: dict[str, Any], word: str) -> None:
-    with pytest.raises(DataError, match=word):
-        Queries(**options)
-    with pytest.raises(SettingError, match="red"):
-        Queries(concepts=["red", "sky"])
+def test_vectors_are_read_as_float32(tmp_path: Path) -> None:
+    np.save(tmp_path / "v.npy", np.eye(2, 3))
+    assert read_vectors(tmp_path / "v.npy").dtype == np.float32
 
 
 def test_keys_without_an_indexed_item_are_named(tmp_path: Path) -> None:
