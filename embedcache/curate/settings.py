@@ -39,7 +39,12 @@ _SEED: dict[str, Any] = {
 
 
 class CoverageSettings(Settings):
-    """Settings of coverage: which items are counted, what is known of them, and what is kept."""
+    """Settings of coverage, such as the items to count and the number of best items to keep.
+
+    Example:
+        >>> CoverageSettings(modality="text", k=5).min_count
+        20
+    """
 
     modality: Literal[ModalityName, "both"] = setting("image", "Modality of the items to count, or both.")
     feature: str | None = setting(None, FEATURE_HELP, metavar="NAME", default_text=FEATURE_DEFAULT)
@@ -64,7 +69,12 @@ class CoverageSettings(Settings):
 
 
 class DedupSettings(Settings):
-    """Settings of deduplication: what counts as a duplicate, how duplicates are found, and which of them stay."""
+    """Settings of deduplication: the limit of duplicates, the search for them, and the rule which of them stay.
+
+    Example:
+        >>> DedupSettings(cosine=0.95, keep="best:width").pixels
+        True
+    """
 
     cosine: float | None = setting(None, "Remove near-duplicates at or above this cosine similarity.", gt=0, le=1)
     copies_only: bool = setting(False, "Remove copies only: equal bytes or texts, or one image.", flat_name="copies")
@@ -89,7 +99,12 @@ class DedupSettings(Settings):
 
 
 class LeakSettings(Settings):
-    """Settings of leak detection: the similarity from which on a test item counts as leaked, and the features."""
+    """Settings of leak detection: the cosine at or above which a test item counts as leaked, and how to search.
+
+    Example:
+        >>> LeakSettings(cosines={"audio": 0.8}).cosines["audio"]
+        0.8
+    """
 
     cosines: Mapping[str, Annotated[float, Field(gt=0, le=1)]] = setting(
         NEAR_DUPLICATE_COSINES,
@@ -104,7 +119,12 @@ class LeakSettings(Settings):
 
 
 class NegativesSettings(Settings):
-    """Settings of hard negatives: what is compared, which neighbors count, and which are near-duplicates."""
+    """Settings of hard negatives: the compared items, the neighbors that count, and the limit of near-duplicates.
+
+    Example:
+        >>> NegativesSettings(num_negatives=5, range_min=10).last_rank
+        60
+    """
 
     run: Path | str | None = setting(None, "Run whose shared space compares the two modalities.", metavar="RUN")
     modality: str | None = setting(None, "Modality that looks for negatives: the first by default.", metavar="NAME")
@@ -129,20 +149,27 @@ class NegativesSettings(Settings):
     device: str = device_setting()
 
     def model_post_init(self, _context: object) -> None:
-        least = self.range_min + self.num_negatives
-        if self.range_max is not None and self.range_max < least:
-            raise SettingError(f"range_max: expected at least range_min + num_negatives, {least}, got {self.range_max}")
+        minimum = self.range_min + self.num_negatives
+        if self.range_max is not None and self.range_max < minimum:
+            raise SettingError(
+                f"range_max: expected at least range_min + num_negatives, {minimum}, got {self.range_max}"
+            )
         if self.run is None and self.relative_margin is not None:
             raise SettingError("relative_margin: expected a run that compares the pair, got none; add --run")
 
     @property
     def last_rank(self) -> int:
-        """Number of neighbors to consider, the skipped ones included."""
+        """Number of neighbors to consider, including the skipped ones."""
         return self.range_max or self.range_min + 10 * self.num_negatives
 
 
 class OutlierSettings(Settings):
-    """Settings of typicality, likely mislabels and pairs that do not match: what is compared, with how many others."""
+    """Settings of outliers: the compared items and the number of neighbors.
+
+    Example:
+        >>> OutlierSettings(modality="image", k=20).label_neighbors
+        10
+    """
 
     k: int = setting(50, "Nearest neighbors to which the mean cosine is the typicality.", ge=1, le=1000)
     label_neighbors: int = setting(10, "Nearest of these whose labels are compared; all if -k is less.", ge=1, le=1000)
@@ -159,7 +186,12 @@ class OutlierSettings(Settings):
 
 
 class ScoreSettings(Settings):
-    """Settings of a score: a linear head or texts, and the items that are scored."""
+    """Settings of a score: a linear head or prompts, and the items to score.
+
+    Example:
+        >>> ScoreSettings(prompts=("a photo",), negative=("a drawing",)).column
+        'score'
+    """
 
     weights: Path | None = setting(None, "Linear head: .npy, .safetensors or .pth.", metavar="FILE")
     fold_layers: bool = setting(False, "Multiply layers without activations between them into one.")
@@ -197,7 +229,12 @@ class ScoreSettings(Settings):
 
 
 class MapSettings(Settings):
-    """Settings of the map of an index: how its items are placed on a plane, and what its clusters are called."""
+    """Settings of the map of an index: the projection of its items, and the names of its clusters.
+
+    Example:
+        >>> MapSettings(projection="pca", max_items=5_000).seed
+        0
+    """
 
     projection: Literal["umap", "pca"] | None = setting(None, "Projection; umap if it is installed.")
     max_items: int = setting(100_000, "Most items on the map; of a larger index, a random sample.", ge=1, le=10**6)
@@ -211,7 +248,14 @@ class MapSettings(Settings):
 
 
 class SelectSettings(Settings):
-    """Settings of selection: how much, by what, from which samples. A method refuses inputs that it does not use."""
+    """Settings of selection: the budget, the inputs of the method, and the samples to choose from.
+
+    A method rejects inputs that it does not use.
+
+    Example:
+        >>> SelectSettings(budget=0.1, where="width > 512").budget
+        0.1
+    """
 
     budget: int | float | None = setting(
         None,

@@ -1,4 +1,4 @@
-"""Methods of selection: baselines, clusters of vectors, and concepts."""
+"""Methods of selection, which are baselines or use clusters of vectors or concepts."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -61,6 +61,7 @@ def top_score(pool: Pool, *, concepts: Concepts, budget: int) -> Selection:
     scores_S = np.concatenate(best_scores)
     concept_S = np.concatenate(best_concepts)
 
+    # Positions in `scores_S` are positions in `pool.samples`, as both ascend by sample.
     chosen = find_highest(scores_S, budget)
     names = pa.array(concepts.names, pa.string())
     columns = {"concept": names.take(pa.array(concept_S[chosen])), "cosine": scores_S[chosen]}
@@ -68,19 +69,20 @@ def top_score(pool: Pool, *, concepts: Concepts, budget: int) -> Selection:
 
 
 def find_highest(scores_S: Array, size: int) -> Ints:
-    """Return ascending positions of the `size` highest scores, or of all; of equal scores the first."""
+    """Return ascending positions of the `size` highest scores, or of all scores. Ties go to the first positions."""
     return np.sort(np.argsort(-scores_S, kind="stable")[:size])
 
 
 def clip_score(pool: Pool, *, run: Path | str, budget: int | None = None, threshold: Cosine | None = None) -> Selection:
     """Select by the CLIP-score filter of "DataComp" (NeurIPS 2023): the best cosine of a sample's images and captions.
 
-    Of a run of other modalities, it is the best cosine of a sample's items of these. The run must not have been
-    trained on the test data. Its own training pairs score higher than others. Memory: a score per sample.
+    With a run of other modalities, the items of these modalities are compared. The run must not have been trained on
+    the test data. Its own training pairs score higher than others. Memory: a score per sample.
     """
-    del run  # by which the pool projects its vectors
+    del run  # the pool has opened it, and projects its vectors
     check_one(budget=budget, threshold=threshold)
     samples_M, scores_M = pool.pair_scores()
+
     if budget is None:
         assert threshold is not None
         chosen = find_above(scores_M, threshold)
@@ -92,15 +94,18 @@ def clip_score(pool: Pool, *, run: Path | str, budget: int | None = None, thresh
 
 
 def check_one(**arguments: object) -> None:
-    """Check that exactly one of some arguments of a method is given, else raise `SettingError`."""
-    given = [name for name, value in arguments.items() if value is not None]
-    if len(given) != 1:
+    """Raise `SettingError` unless exactly one of the arguments is given."""
+    names = [name for name, value in arguments.items() if value is not None]
+    if len(names) != 1:
         expected = " or ".join("--budget" if name == "budget" else f"the parameter {name}" for name in arguments)
-        raise SettingError(f"expected either {expected}, got {' and '.join(given) or 'none'}")
+        raise SettingError(f"expected either {expected}, got {' and '.join(names) or 'none'}")
 
 
 def find_above(scores_M: Floats, threshold: float) -> Ints:
-    """Return ascending positions of the scores of at least a threshold; `DataError` with their range if none is."""
+    """Return ascending positions of the scores of at least a threshold.
+
+    Raises `DataError` with the range of the scores if none reaches it.
+    """
     chosen: Ints = np.flatnonzero(scores_M >= threshold)
     if not len(chosen):
         low, middle, high = np.quantile(scores_M, [0, 0.5, 1])
@@ -119,12 +124,13 @@ def by_score(
     at_least: float | None = None,
     at_most: float | None = None,
 ) -> Selection:
-    """Select samples by a score of a table: within bounds, and of these the highest, as many as the budget.
+    """Select samples whose score in a table lies within bounds. With a budget, select the highest of these scores.
 
     Memory: the table of scores.
     """
     if budget is None and at_least is None and at_most is None:
         raise SettingError("--method score: expected --budget or a parameter at_least or at_most, got none")
+
     scores_S = scores.values[pool.samples]
     low = -np.inf if at_least is None else at_least
     high = np.inf if at_most is None else at_most
@@ -133,9 +139,9 @@ def by_score(
 
     if len(inside) < (budget or 1):
         lowest, middle, highest = np.quantile(scores_S, [0, 0.5, 1])
-        wanted = "a sample" if budget is None else f"{budget:,} samples"
+        expected = "a sample" if budget is None else f"{budget:,} samples"
         raise DataError(
-            f"expected {wanted} with {scores.name} from {low:g} to {high:g}, got {len(inside):,} of "
+            f"expected {expected} with {scores.name} from {low:g} to {high:g}, got {len(inside):,} of "
             f"{len(scores_S):,}; it ranges from {lowest:.4g} to {highest:.4g}, and half of them are above {middle:.4g}"
         )
     if budget is not None:
@@ -154,14 +160,15 @@ def image_based(
 ) -> Selection:
     """Select by the image-based filter of "DataComp" (NeurIPS 2023), which compares vectors of any modality.
 
-    The pool is divided into clusters, by default one per 40 samples. The samples of those that hold an item of the
-    target are selected, or, with a budget, a random sample of them. The target must not hold test data.
+    The pool is divided into clusters, by default one per 40 samples. The samples in clusters with an item of the target
+    are selected, or, with a budget, a random part of them. The target must not contain test data.
 
     Memory: 256 vectors per cluster, and two integers per item.
     """
     num_clusters = clusters or default_clusters(len(pool.samples))
-    drawn = pool.sample(_TRAINING_PER_CLUSTER * num_clusters, seed=seed)
-    centroids_CP = find_centroids(drawn, num_clusters, seed=seed, progress=pool.progress, device=device)
+    training_MP = pool.sample(_TRAINING_PER_CLUSTER * num_clusters, seed=seed)
+    centroids_CP = find_centroids(training_MP, num_clusters, seed=seed, progress=pool.progress, device=device)
+
     target_blocks = target.blocks("assigning the target to clusters", pool.progress)
     target_T = np.concatenate([_nearest_centroids(vectors_BP, centroids_CP) for _, vectors_BP in target_blocks])
 
@@ -181,6 +188,7 @@ def image_based(
         drawn_rows = draw_rows(selected_S, budget, seed=seed)
         cluster_S = cluster_S[np.searchsorted(selected_S, drawn_rows)]
         selected_S = drawn_rows
+
     counts_C = np.bincount(target_T)
     return Selection(rows=selected_S, columns={"cluster": cluster_S, "num_target_items": counts_C[cluster_S]})
 
@@ -191,7 +199,7 @@ def _nearest_centroids(vectors_NP: Floats, centroids_CP: Floats) -> Ints:
 
 
 def find_near_target(samples_N: Ints, clusters_N: Ints, target_T: Ints) -> tuple[Ints, Ints]:
-    """Find the samples with an item in a cluster that holds an item of the target.
+    """Find the samples with an item in a cluster that contains an item of the target.
 
     Returns unique samples, ascending, (S,), and the cluster of each one's first such item, (S,).
     """
@@ -235,10 +243,10 @@ def hierarchical(
 ) -> Selection:
     """Balance as "Automatic Data Curation for Self-Supervised Learning: A Clustering-Based Approach" (TMLR 2024).
 
-    k-means on the samples, then on its centroids, and so on: `clusters` has their number on each level, finest first.
-    From the top, the budget is divided equally among the branches; what small branches cannot use goes to the others,
-    down to samples drawn at random. Unlike in the paper, no level is clustered again on the points nearest its
-    centroids. A sample is represented by its first item.
+    k-means runs on the samples, then on its centroids, and so on. `clusters` has the number of clusters on each level,
+    finest first. From the top, the budget is divided equally among the branches. The rest that small branches cannot
+    use goes to the others. Within a finest cluster, samples are drawn at random. Unlike in the paper, no level is
+    clustered again on the points nearest its centroids. A sample is represented by its first item.
 
     Memory: 256 vectors per finest cluster, and an integer per sample and level.
     """
@@ -246,6 +254,8 @@ def hierarchical(
     sizes = clusters or default_levels(len(rows_S))
     if any(finer <= coarser for finer, coarser in pairwise(sizes)):
         raise SettingError(f"clusters: expected fewer on each level, got {'+'.join(map(str, sizes))}")
+
+    # k-means trains on a sample; then every sample of the pool gets its nearest centroid.
     drawn = np.random.default_rng(seed).permutation(rows_S)[: _TRAINING_PER_CLUSTER * sizes[0]]
     vectors_NP = pool.vectors.read(np.sort(drawn), pool.progress)
     centroids = find_centroids(vectors_NP, sizes[0], seed=seed, progress=pool.progress, device=device)
@@ -256,13 +266,14 @@ def hierarchical(
     labels_SL = build_tree(leaf_S, centroids, sizes[1:], seed=seed, device=device)
     chosen = draw_balanced(labels_SL, budget, seed=seed)
 
+    # Columns are numbered from the coarsest level, so that `cluster_1` is always the top.
     columns = {f"cluster_{level}": labels_SL[chosen, -level] for level in range(1, labels_SL.shape[1] + 1)}
     columns["cluster_size"] = np.bincount(leaf_S)[leaf_S[chosen]]
     return Selection(rows=pool.samples[chosen], columns=columns)
 
 
 def default_levels(num_samples: int) -> tuple[int, ...]:
-    """Return the default levels: a cluster per 40 samples, and a tenth on each level above, while there are several."""
+    """Return the default levels: a cluster per 40 samples, then a tenth on each level above, down to at least two."""
     sizes = [default_clusters(num_samples)]
     while sizes[-1] // _RATIO > 1:
         sizes.append(sizes[-1] // _RATIO)
@@ -273,9 +284,9 @@ def build_tree(leaf_S: Ints, centroids_CP: Floats, sizes: Sequence[int], *, seed
     """Cluster the centroids of each level: (S, L) int64, cluster of each sample on each level, finest first."""
     labels = [leaf_S]
     for size in sizes:
-        above_CP = find_centroids(centroids_CP, size, seed=seed, progress=NullProgress(), device=device)
-        labels.append(_nearest_centroids(centroids_CP, above_CP)[labels[-1]])
-        centroids_CP = above_CP
+        coarser_CP = find_centroids(centroids_CP, size, seed=seed, progress=NullProgress(), device=device)
+        labels.append(_nearest_centroids(centroids_CP, coarser_CP)[labels[-1]])
+        centroids_CP = coarser_CP
     return np.stack(labels, axis=1)
 
 
@@ -289,16 +300,19 @@ def draw_balanced(labels_SL: Ints, budget: int, *, seed: int) -> Ints:
 
 
 def divide_budget(sizes_C: Ints, budget: int) -> Ints:
-    """Divide a budget as equally as the sizes allow: (C,) int64, their sum is the budget, none is above its size.
+    """Divide a budget as equally as the sizes allow: (C,) int64. The sum is the budget, and no part exceeds its size.
 
-    The largest n with sum min(n, size) <= budget; the remainder goes one by one to the first that have more.
+    Each part gets min(n, size) with the largest n whose sum is within the budget. The largest parts share the
+    remainder.
     """
     order = np.argsort(sizes_C, kind="stable")
     counts_C = np.zeros(len(sizes_C), np.int64)
-    left = budget
+    remainder = budget
+
+    # From the smallest branch: the part that it cannot use is divided among the larger ones.
     for position, branch in enumerate(order.tolist()):
-        counts_C[branch] = min(int(sizes_C[branch]), left // (len(order) - position))
-        left -= int(counts_C[branch])
+        counts_C[branch] = min(int(sizes_C[branch]), remainder // (len(order) - position))
+        remainder -= int(counts_C[branch])
     return counts_C
 
 
@@ -306,10 +320,13 @@ def _draw(labels_SL: Ints, rows: Ints, budget: int, rng: np.random.Generator) ->
     """Return `budget` of the shuffled rows; labels are coarsest first."""
     if budget >= len(rows) or not labels_SL.shape[1]:
         return rows[:budget]
+
     order = np.argsort(labels_SL[rows, 0], kind="stable")
     starts = np.unique(labels_SL[rows[order], 0], return_index=True)[1]
     branches = [rows[part] for part in np.split(order, starts[1:])]
-    branches = [branches[index] for index in rng.permutation(len(branches))]  # which branches get one more is random
+
+    # The branches that get one more are drawn at random.
+    branches = [branches[index] for index in rng.permutation(len(branches))]
     counts_C = divide_budget(np.array([len(branch) for branch in branches]), budget)
     return np.concatenate(
         [_draw(labels_SL[:, 1:], branch, int(count), rng) for branch, count in zip(branches, counts_C, strict=True)]
@@ -319,9 +336,9 @@ def _draw(labels_SL: Ints, rows: Ints, budget: int, rng: np.random.Generator) ->
 def k_center(pool: Pool, *, budget: int, candidates: Count | None = None, seed: int = 0) -> Selection:
     """Select the greedy k-center coreset of "Active Learning for Convolutional Neural Networks" (ICLR 2018), Alg. 1.
 
-    It chooses from candidates drawn at random, by default 20,000 or twice the budget, as its time is
-    budget x candidates, and starts from a random one. Noise is far from everything, so it is chosen early: clean the
-    pool first. A sample is represented by its first item. Memory: the vectors of the candidates.
+    It starts from a random candidate. Candidates are drawn at random, by default 20,000 or twice the budget, as the
+    time is budget x candidates. Noise is far from everything, so it is chosen early. Clean the pool first. A sample is
+    represented by its first item. Memory: the vectors of the candidates.
     """
     num_candidates = candidates or max(_CANDIDATES, 2 * budget)
     if num_candidates < budget:
@@ -330,8 +347,8 @@ def k_center(pool: Pool, *, budget: int, candidates: Count | None = None, seed: 
     vectors_NP = pool.vectors.read(pool.first_items()[drawn], pool.progress)
     chosen, cosines = farthest_first(vectors_NP, budget, progress=pool.progress)
 
+    # A sample is compared with the samples chosen before it, so its number gives the cosine a meaning.
     order = np.argsort(drawn[chosen])
-    # A sample is compared with those that were chosen before it.
     columns = {"number": order + 1, "nearest_cosine": cosines[order]}
     return Selection(rows=pool.samples[drawn[chosen[order]]], columns=columns)
 
@@ -343,11 +360,17 @@ def farthest_first(vectors_NP: Floats, size: int, *, progress: Progress | None =
     first. The cosines never decrease.
     """
     nearest_N = np.full(len(vectors_NP), -1, np.float32)
-    chosen, cosines = np.empty(size, np.int64), np.empty(size, np.float32)
-    position, progress = 0, progress or NullProgress()
+    chosen = np.empty(size, np.int64)
+    cosines = np.empty(size, np.float32)
+    position = 0
+
+    progress = progress or NullProgress()
     progress.start("choosing samples", size, "samples")
     for number in range(size):
-        chosen[number], cosines[number] = position, nearest_N[position]
+        chosen[number] = position
+        cosines[number] = nearest_N[position]
+
+        # A chosen vector is as near as can be, so it is not chosen again.
         nearest_N = np.maximum(nearest_N, vectors_NP @ vectors_NP[position])
         nearest_N[position] = np.inf
         position = int(nearest_N.argmin())
@@ -361,21 +384,22 @@ def rare_first(
 ) -> Selection:
     """Curate as "Harnessing Frozen Unimodal Encoders for Flexible Multimodal Alignment" (CVPR 2025).
 
-    About n samples per concept, each sample once. As in the paper, a concept's candidates are the 25 n samples that
-    match it best, and concepts choose one after another, the rarest first. Unlike in its code, a concept's rarity is
-    its score at rank n and not that of the last candidate, whose rank depends on memory; and cosines are float32, not
-    in steps of .0027. Memory: 8 bytes for each of C x 25 n candidates, and 25 n vectors.
+    Select about n samples per concept, each sample once. As in the paper, a concept's candidates are the 25 n samples
+    that match it best, and concepts choose one after another, the rarest first. Unlike in the paper's code, a concept's
+    rarity is its score at rank n and not the score of its last candidate, whose rank depends on memory. Cosines are
+    float32, not in steps of .0027. Memory: 8 bytes for each of C x 25 n candidates, and 25 n vectors.
     """
     check_one(budget=budget, per_concept=per_concept)
     num_concepts = len(concepts.names)
-    # One more for the rarest, if there is a remainder.
     quotas_C = np.full(num_concepts, per_concept) if budget is None else even_quotas(budget, num_concepts)
-    most = int(quotas_C.max())
-    k = min(len(pool.samples), _CANDIDATES_PER_SAMPLE * most)
+    largest_quota = int(quotas_C.max())
+    k = min(len(pool.samples), _CANDIDATES_PER_SAMPLE * largest_quota)
     best = best_samples(pool.blocks("comparing with concepts"), concepts.vectors, k)
 
-    order_C = rarest_first(best.scores, most)
+    # Quotas follow the order, so that the rarest concepts get one more if there is a remainder.
+    order_C = rarest_first(best.scores, largest_quota)
     concept_M, rank_M = assign(best.numbers, order_C, quotas_C[np.argsort(order_C)])
+
     rows_M = best.numbers[concept_M, rank_M].astype(np.int64)
     by_row = np.argsort(rows_M)
     columns = {
@@ -394,9 +418,9 @@ def even_quotas(budget: int, num_concepts: int) -> Ints:
 def best_samples(items: Iterable[tuple[Ints, Floats]], concepts_CP: Floats, k: int) -> KBest:
     """Find the `k` best samples of each concept, by cosine. A sample counts once, by its best item.
 
-    Exact, for any division of the items into blocks: the sample of each item (B,), ascending over all blocks, and its
-    vector (B, P). Memory: 8 bytes for each of C x K candidates, and K vectors with their products with 32 concepts; it
-    does not grow with the items.
+    The result is exact for any division of the items into blocks. A block is the sample of each item (B,), ascending
+    over all blocks, and its vector (B, P). Memory: 8 bytes for each of C x K candidates, and K vectors with their
+    products with 32 concepts. It does not grow with the number of items.
     """
     best = KBest(len(concepts_CP), k)
     for samples_B, vectors_BP in whole_samples(items, k):
@@ -414,17 +438,19 @@ def rarest_first(scores_CK: Floats, quota: int) -> Ints:
 
 
 def assign(samples_CK: Ints, order_C: Ints, quota_C: Ints) -> tuple[Ints, Ints]:
-    """Assign to each concept, in order, at most `quota_C` of its best candidates that no other has.
+    """Assign to each concept, in order, at most `quota_C` of its best candidates that no other concept has.
 
     Returns two (M,) arrays: the concept that chose, and the rank of its candidate, from 0.
     """
-    is_taken: Bools = np.zeros(int(samples_CK.max()) + 1, bool)
-    chosen = []
+    is_assigned: Bools = np.zeros(int(samples_CK.max()) + 1, bool)
+    concepts = []
+    ranks = []
     for concept in order_C.tolist():
-        ranks = np.flatnonzero(~is_taken[samples_CK[concept]])[: quota_C[concept]]
-        is_taken[samples_CK[concept, ranks]] = True
-        chosen.append((np.full(len(ranks), concept), ranks))
-    return np.concatenate([concept for concept, _ in chosen]), np.concatenate([ranks for _, ranks in chosen])
+        ranks_M = np.flatnonzero(~is_assigned[samples_CK[concept]])[: quota_C[concept]]
+        is_assigned[samples_CK[concept, ranks_M]] = True
+        concepts.append(np.full(len(ranks_M), concept))
+        ranks.append(ranks_M)
+    return np.concatenate(concepts), np.concatenate(ranks)
 
 
 def metaclip(
@@ -439,8 +465,9 @@ def metaclip(
     """Balance as "Demystifying CLIP Data" (ICLR 2024), Algorithm 1.
 
     Samples match concepts by the words of their captions or, with `threshold`, by cosine. Each match of a concept with
-    n matches is kept with probability min(1, t / n), and a sample if any of its matches is. t is `head`, or the value
-    that keeps `budget` samples. A sample that matches no concept is never kept. Memory: some 50 bytes per match.
+    n matches is kept with probability min(1, t / n). A sample is kept if any of its matches is kept. t is `head`, or
+    the value that keeps `budget` samples. A sample that matches no concept is never kept. Memory: some 50 bytes per
+    match.
     """
     check_one(budget=budget, head=head)
     names = concepts.names
@@ -458,21 +485,22 @@ def metaclip(
 
     first_matches_S, heads_S = lowest_heads(matches, seed=seed)
     if budget is None:
-        kept = first_matches_S[heads_S < head]
+        matches_S = first_matches_S[heads_S < head]
     elif budget > len(first_matches_S):
         raise DataError(
             f"budget: expected at most the {len(first_matches_S):,} of {len(pool.samples):,} samples that match one of "
             f"{len(names):,} concepts, got {budget:,}; lower it, or {step}"
         )
     else:
-        kept = first_matches_S[np.argsort(heads_S, kind="stable")[:budget]]
-    kept = np.sort(kept)  # matches are sorted by sample
-    concepts_M = matches.concepts_M[kept]
+        matches_S = first_matches_S[np.argsort(heads_S, kind="stable")[:budget]]
+
+    matches_S = np.sort(matches_S)  # matches are sorted by sample
+    concepts_S = matches.concepts_M[matches_S]
     columns = {
-        "concept": pa.array(names, pa.string()).take(pa.array(concepts_M)),
-        "num_matches": np.bincount(matches.concepts_M)[concepts_M],
+        "concept": pa.array(names, pa.string()).take(pa.array(concepts_S)),
+        "num_matches": np.bincount(matches.concepts_M)[concepts_S],
     }
-    return Selection(rows=matches.samples_M[kept], columns=columns)
+    return Selection(rows=matches.samples_M[matches_S], columns=columns)
 
 
 class Matches(NamedTuple):
@@ -483,17 +511,17 @@ class Matches(NamedTuple):
 
 
 def match_words(captions: Iterable[tuple[Ints, Sequence[str]]], names: Sequence[str]) -> Matches:
-    """Match captions that contain a concept's name: whole words, ignoring case and punctuation.
+    """Match captions that contain a concept's name as whole words, ignoring case and punctuation.
 
-    As the substring match of "Demystifying CLIP Data" (ICLR 2024), it matches neither plurals nor languages without
-    spaces. Names of the same words match the same captions, one without words none. Memory: the captions of a block,
-    the names, and 16 bytes per match.
+    Like the substring match of "Demystifying CLIP Data" (ICLR 2024), it matches neither plurals nor languages without
+    spaces. Names of the same words match the same captions, and a name without words matches none. Memory: the captions
+    of a block, the names, and 16 bytes per match.
 
     Args:
         captions: the sample of each caption (B,), and the captions, per block.
         names: names of the concepts.
     """
-    # From the first words of a name to the concepts that end there, of which most have none.
+    # Each beginning of a name leads to the concepts that end there, so that a search can stop early.
     concepts_of: dict[tuple[str, ...], list[int]] = {}
     for concept, name in enumerate(names):
         words = _words(name)
@@ -504,22 +532,26 @@ def match_words(captions: Iterable[tuple[Ints, Sequence[str]]], names: Sequence[
 
     codes = [np.empty(0, np.int64)]
     for samples_B, texts in captions:
-        found = [_find_names(_words(text), concepts_of) for text in texts]
-        concepts_M = np.array([concept for concepts in found for concept in concepts], np.int64)
-        codes.append(distinct(np.repeat(samples_B, list(map(len, found))) * len(names) + concepts_M))
+        concepts: list[int] = []
+        counts = []
+        for text in texts:
+            caption_concepts = _find_names(_words(text), concepts_of)
+            concepts += caption_concepts
+            counts.append(len(caption_concepts))
+        codes.append(distinct(np.repeat(samples_B, counts) * len(names) + np.array(concepts, np.int64)))
     return Matches(*np.divmod(distinct(np.concatenate(codes)), max(1, len(names))))
 
 
 def _find_names(words: tuple[str, ...], concepts_of: Mapping[tuple[str, ...], Sequence[int]]) -> list[int]:
-    """Return the concepts whose words occur in the given ones, some perhaps twice."""
-    found: list[int] = []
+    """Return the concepts whose names occur in the words, once per occurrence."""
+    matches: list[int] = []
     for start in range(len(words)):
         for stop in range(start + 1, len(words) + 1):
             concepts = concepts_of.get(words[start:stop])
             if concepts is None:
                 break
-            found += concepts
-    return found
+            matches += concepts
+    return matches
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -527,9 +559,14 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 def match_near(blocks: Iterable[tuple[Ints, Floats]], concepts_CP: Floats, threshold: float) -> Matches:
-    """Match items whose cosine with a concept is at least a threshold; samples (B,) and vectors (B, P) per block.
+    """Match items whose cosine with a concept is at least a threshold.
 
     Memory: the products of a block, and 16 bytes per match.
+
+    Args:
+        blocks: samples (B,) and vectors (B, P) of the items.
+        concepts_CP: vectors of the concepts.
+        threshold: smallest cosine of a match.
     """
     matches = [np.empty((0, 2), np.int64)]
     for samples_B, vectors_BP in blocks:
@@ -539,11 +576,11 @@ def match_near(blocks: Iterable[tuple[Ints, Floats]], concepts_CP: Floats, thres
 
 
 def lowest_heads(matches: Matches, *, seed: int) -> tuple[Ints, Array]:
-    """Find the t from which on each sample is kept, and the match that keeps it then.
+    """Find the smallest t that keeps each sample, and the match that keeps it.
 
     A match of a concept with n matches is kept if its draw u, uniform in [0, 1), is below t / n, that is if t > u n. So
-    one draw gives nested selections for all t, and any budget is met exactly. Returns the position in the matches of
-    the first kept match of each matching sample, (S,), and its t, (S,) float64; by sample.
+    one draw gives nested selections for all t, and any budget is met exactly. Returns two arrays by sample: the
+    position in the matches of the first match that is kept, (S,), and its t, (S,) float64.
     """
     counts_C = np.bincount(matches.concepts_M)
     heads_M = np.random.default_rng(seed).random(len(matches.samples_M)) * counts_C[matches.concepts_M]
@@ -562,15 +599,17 @@ def compute_cosines(left_QP: Floats, right_CP: Floats) -> Floats:
 
 
 def whole_samples(blocks: Iterable[tuple[Ints, Floats]], size: int = 1) -> Iterator[tuple[Ints, Floats]]:
-    """Divide blocks of items anew: all items of a sample are in one block, which has at least `size`, but for the last.
+    """Divide blocks of items anew, so that all items of a sample are in one block.
 
-    Memory: `size` items, or a block.
+    A block has at least `size` items, except the last one. Memory: `size` items, or a block.
     """
     pending: list[tuple[Ints, Floats]] = []
     for samples, vectors in blocks:
         pending.append((samples, vectors))
         if sum(len(part) for part, _ in pending) <= size or not len(samples):
             continue
+
+        # The last sample may go on in the next block, so its items wait.
         samples_B, vectors_BP = map(np.concatenate, zip(*pending, strict=True))
         last = int(np.searchsorted(samples_B, samples_B[-1]))
         if last:
