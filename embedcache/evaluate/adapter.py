@@ -1,4 +1,4 @@
-"""How much of a new encoder's search an adapter keeps, compared with encoding everything again."""
+"""Measure how much of a new encoder's search an adapter keeps, compared with encoding everything again."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -36,9 +36,9 @@ class NeighborsReport:
         feature: feature of the new encoder.
         target: feature of the old encoder, in which the queries search.
         num_queries: number of queries.
-        num_items: number of items that are searched, without the query itself.
-        reencoded: name of the queries -> fraction of the 10 nearest neighbors by the new encoder's own vectors.
-        old: name -> fraction of the 10 nearest neighbors that the old encoder's own query finds.
+        num_items: number of searched items, without the query itself.
+        reencoded: name of the queries -> fraction of the 10 nearest neighbors among the new encoder's vectors.
+        old: name -> fraction of the 10 nearest neighbors that the old encoder's query finds.
         own: name -> fraction of queries whose own old vector is the nearest of all.
     """
 
@@ -54,12 +54,12 @@ class NeighborsReport:
     __repr__ = summary
 
     def lines(self) -> list[str]:
-        """Summarize what was measured, with the fraction of neighbors that each kind of query finds."""
-        found = (f"{name} {fraction}" for name, fraction in self.reencoded.items())
-        return [self.line(), f"of the {_K} nearest by {self.feature}: {', '.join(found)}"]
+        """Summarize the measurement, with the fraction of neighbors that each kind of query finds."""
+        fractions = (f"{name} {fraction}" for name, fraction in self.reencoded.items())
+        return [self.line(), f"of the {_K} nearest by {self.feature}: {', '.join(fractions)}"]
 
     def line(self) -> str:
-        """Summarize what was measured in one line."""
+        """Summarize the measurement in one line."""
         return (
             f"{self.part}: {self.num_queries:,} queries by {self.feature} among {self.num_items:,} items of "
             f"{self.target}; 95% intervals over near-duplicate groups"
@@ -75,11 +75,11 @@ def evaluate_adapter(
     progress: AnyProgress = None,
     **options: Unpack["AdapterEvalOptions"],
 ) -> NeighborsReport:
-    """Compare the neighbors that mapped queries find in the old vectors with those among the new vectors.
+    """Compare the neighbors that mapped queries find in the old vectors with their neighbors among the new vectors.
 
-    Items of the part are the queries, all items that both encoders have encoded are searched. The old encoder's own
-    queries are measured beside them: they show how far the two encoders agree without any map. Memory: a chunk of each
-    feature, the queries, and tiles of their cosines.
+    Items of the part are the queries. All items that both encoders have encoded are searched. The old encoder's queries
+    are measured as well, as they show how far the two encoders agree without any map. Memory: a chunk of each feature,
+    the queries, and tiles of their cosines.
 
     Args:
         cache: cache with both features.
@@ -90,15 +90,19 @@ def evaluate_adapter(
         options: settings by their names on the command line, which replace those of `settings`.
 
     Raises:
-        DataError: the run is no adapter of a plain feature, or the part or the cache has too few items.
+        DataError: the run is not an adapter of a plain feature, or the part or the cache has too few items.
         FingerprintError: the cache has features of other encoders.
         SettingError: the control was not fitted on shuffled rows.
     """
-    settings, progress = merge_settings(AdapterEvalSettings, settings, options), to_progress(progress)
-    cache, run = Cache(cache), Run.open(adapter, kind=ADAPTER)
+    settings = merge_settings(AdapterEvalSettings, settings, options)
+    progress = to_progress(progress)
+    cache = Cache(cache)
+    run = Run.open(adapter, kind=ADAPTER)
     (modality,) = run.modalities
     new = Vectors(cache.path, modality, run.input(modality).feature)
     old = _open_target(cache, run, modality)
+
+    # A control on the same target shows what an adapter finds that has learned nothing of the pairs.
     mapped = {"adapter": Vectors(cache.path, modality, run_path=run.path, device=settings.device)}
     if control is not None:
         control_run = Run.open(control, kind=ADAPTER)
@@ -120,15 +124,18 @@ def evaluate_adapter(
         )
 
     reencoded, _ = _neighbors({"new": new}, new, rows, queries, settings.device, progress)["new"]
-    found = _neighbors({"old encoder": old, **mapped}, old, rows, queries, settings.device, progress)
-    num_items, groups = len(rows) - 1, split.groups[samples[queries]]
-    values = {
-        name: (neighbor_overlap(places, reencoded), neighbor_overlap(places, found["old encoder"][0]), is_own)
-        for name, (places, is_own) in found.items()
-    }
-    estimates = {name: bootstrap_means(np.stack(columns, axis=1), groups) for name, columns in values.items()}
+    neighbors = _neighbors({"old encoder": old, **mapped}, old, rows, queries, settings.device, progress)
+    old_places, _ = neighbors["old encoder"]
+    groups = split.groups[samples[queries]]
+    estimates = {}
+    for name, (places, is_own) in neighbors.items():
+        columns = [neighbor_overlap(places, reencoded), neighbor_overlap(places, old_places), is_own]
+        estimates[name] = bootstrap_means(np.stack(columns, axis=1), groups)
+
+    num_items = len(rows) - 1
     chance = chance_estimate(_K / num_items, _K * len(queries))
     estimates["chance"] = [chance, chance, chance_estimate(1 / (num_items + 1), len(queries))]
+
     return NeighborsReport(
         part=split.part,
         feature=new.feature.name,
@@ -158,20 +165,23 @@ def _neighbors(
     Returns:
         name -> (Q, 10) places among `rows`, and (Q,) whether the query's own item is nearer than all of them.
     """
-    own = np.searchsorted(rows, query_rows)
+    # All kinds of queries are searched together, so that the vectors are read once.
+    own_places = np.searchsorted(rows, query_rows)
     vectors = {name: kind.read(query_rows) for name, kind in queries.items()}
     blocks = (block_BP for _, block_BP in searched.select(rows).blocks("searching exactly", progress))
     places, sims = knn(
         np.concatenate([*vectors.values()]),
         blocks,
         _K,
-        own=np.tile(own, len(vectors)),
+        own=np.tile(own_places, len(vectors)),
         products=products_on(device),
     )
+
+    # The search leaves out a query's own item, which is compared here.
     own_QP = searched.read(query_rows)
-    found = {}
+    neighbors = {}
     for number, (name, vectors_QP) in enumerate(vectors.items()):
-        part = slice(number * len(own), (number + 1) * len(own))
+        part = slice(number * len(query_rows), (number + 1) * len(query_rows))
         own_sims = np.einsum("qp,qp->q", vectors_QP, own_QP)
-        found[name] = (places[part], (own_sims > sims[part, 0]).astype(np.float32))
-    return found
+        neighbors[name] = (places[part], (own_sims > sims[part, 0]).astype(np.float32))
+    return neighbors

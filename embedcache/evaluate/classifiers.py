@@ -1,8 +1,8 @@
 """Classifiers on frozen features: nearest neighbors, ridge regression and logistic regression.
 
-All scale vectors to length 1. The linear ones then subtract the mean of the training vectors and divide by one number,
-their root mean square length: as good as scaling each dimension to variance 1 for many training items, and far better
-for few, which say little about the variance of each dimension.
+All of them scale vectors to length 1. The linear ones then subtract the mean of the training vectors, and divide by
+their root mean square length. With many training items, this is as good as scaling each dimension to variance 1. With
+few, it is far better, as they say little about the variance of each dimension.
 """
 
 import warnings
@@ -38,7 +38,7 @@ class Examples:
     products: Products = dot_products
 
     def take(self, rows: Ints) -> "Examples":
-        """Return a copy of some of them."""
+        """Return a copy of some rows."""
         return replace(self, vectors=self.vectors[rows], labels=self.labels[rows])
 
 
@@ -47,7 +47,7 @@ class Classifier(NamedTuple):
 
     Args:
         scores: (Q, D) float32 vectors -> (Q, C) scores, higher is more likely; -inf for classes without examples.
-        chosen: hyperparameters and how they were chosen, as JSON values.
+        chosen: hyperparameters, and the accuracies by which they were chosen, as JSON values.
     """
 
     scores: Callable[[Floats], Floats]
@@ -79,13 +79,13 @@ def load_method(name: str) -> Fit:
 
 def fit_knn(train: Examples, val: Examples | None, num_classes: int) -> Classifier:
     """Classify by a vote of the 20 nearest neighbors by cosine, with weight exp(cosine / 0.07) as in DINO."""
-    both = join_examples(train, val)
-    candidates = normalize(both.vectors)
+    examples = join_examples(train, val)
+    candidates = normalize(examples.vectors)
     k = min(_NUM_NEIGHBORS, len(candidates))
 
     def scores(vectors_QD: Floats) -> Floats:
-        rows_QK, sims_QK = knn(normalize(vectors_QD), candidates, k, products=both.products)
-        return vote(both.labels[rows_QK], sims_QK, num_classes, temperature=_TEMPERATURE)
+        rows_QK, sims_QK = knn(normalize(vectors_QD), candidates, k, products=examples.products)
+        return vote(examples.labels[rows_QK], sims_QK, num_classes, temperature=_TEMPERATURE)
 
     return Classifier(scores, {"neighbors": k, "temperature": _TEMPERATURE})
 
@@ -93,8 +93,8 @@ def fit_knn(train: Examples, val: Examples | None, num_classes: int) -> Classifi
 def vote(labels_QK: Ints, sims_QK: Floats, num_classes: int, *, temperature: float) -> Floats:
     """Compute the score of each class for each query, exp(similarity / temperature) per neighbor: (Q, C) float32.
 
-    The weights are those of "Emerging Properties in Self-Supervised Vision Transformers" (DINO, ICCV 2021), divided by
-    the nearest neighbor's weight so that no temperature overflows.
+    The weights follow "Emerging Properties in Self-Supervised Vision Transformers" (DINO, ICCV 2021). They are divided
+    by the nearest neighbor's weight, so that no temperature overflows.
 
     Args:
         labels_QK: class of each neighbor.
@@ -108,9 +108,10 @@ def vote(labels_QK: Ints, sims_QK: Floats, num_classes: int, *, temperature: flo
 
 
 def fit_ridge(train: Examples, val: Examples | None, num_classes: int) -> Classifier:
-    """Fit ridge regression to one-hot classes in closed form; the shrinkage, a power of ten, is chosen on validation.
+    """Fit ridge regression to one-hot classes in closed form.
 
-    The shrinkage is relative to the number of examples, whose squared lengths have mean 1.
+    The shrinkage, a power of ten, is chosen on validation. It is relative to the number of examples, whose squared
+    lengths have mean 1.
     """
     ridge = Ridge(train, num_classes)
     if val is None:
@@ -121,6 +122,8 @@ def fit_ridge(train: Examples, val: Examples | None, num_classes: int) -> Classi
         scores = ridge.scores(shrinkage)
         predicted = [scores(val.vectors[block]).argmax(axis=1) for block in blocks(len(val.labels), _BLOCK)]
         accuracies[shrinkage] = float(np.mean(np.concatenate(predicted) == val.labels))
+
+    # Of equally good ones, the larger shrinkage is the more careful one.
     best = max(accuracies, key=lambda shrinkage: (accuracies[shrinkage], shrinkage))
     scores = Ridge(join_examples(train, val), num_classes).scores(best)
     return Classifier(scores, {"shrinkage": best, **_validation(accuracies, SHRINKAGE_GRID)})
@@ -141,6 +144,7 @@ class Ridge:
         self._counts = np.bincount(train.labels, minlength=num_classes)
         self._prior = self._counts / self._num
 
+        # The smaller of both Gram matrices is decomposed once, for all shrinkages.
         is_wide = x_MD.shape[0] < x_MD.shape[1]
         self._x_MD = x_MD if is_wide else None
         rows_RS = x_MD.T if is_wide else x_MD
@@ -166,32 +170,38 @@ class Ridge:
         solved = self._vectors @ (self._target / (self._values + shrinkage * self._num)[:, None])
         weights_DC = (solved if self._x_MD is None else self._x_MD.T @ solved).astype(np.float32)
         bias_C = np.where(self._counts, self._prior, -np.inf).astype(np.float32)
-        scale, products = self._scale, self._products
+
+        # The function keeps neither the decomposition nor the scaled vectors alive.
+        scale = self._scale
+        products = self._products
         return lambda vectors_QD: products(scale(vectors_QD), weights_DC.T) + bias_C
 
 
 def fit_logistic(train: Examples, val: Examples | None, num_classes: int) -> Classifier:
-    """Fit multinomial logistic regression by L-BFGS; C, a power of ten, is chosen on validation.
+    """Fit multinomial logistic regression by L-BFGS.
 
-    Each C starts from the solution of the smaller one. As large ones take longest, the search ends when two in a row
-    are no better.
+    C, a power of ten, is chosen on validation. Each C starts from the solution of the smaller one. The largest are the
+    slowest, so the search ends when two in a row are not better.
     """
     chosen: dict[str, Any] = {"C": FEW_SHOT_C}
     if val is not None:
         accuracies = _validate_strengths(train, val)
         best = max(accuracies, key=lambda strength: (accuracies[strength], -strength))
         chosen = {"C": best, **_validation(accuracies, C_GRID)}
-    both = join_examples(train, val)
-    scale = Scale.of(both.vectors)
-    model = _logistic_model(both)
-    chosen["iterations"] = _fit_model(model, chosen["C"], scale(both.vectors), both.labels)
+
+    examples = join_examples(train, val)
+    scale = Scale.of(examples.vectors)
+    model = _logistic_model(examples)
+    chosen["iterations"] = _fit_model(model, chosen["C"], scale(examples.vectors), examples.labels)
     if val is not None:
         chosen["converged"] = chosen["iterations"] < _MAX_ITERATIONS
 
     def scores(vectors_QD: Floats) -> Floats:
         decision = model.decision_function(scale(vectors_QD)).astype(np.float32)
-        if decision.ndim == 1:  # for two classes scikit-learn returns the score of the second alone
+        if decision.ndim == 1:  # for two classes scikit-learn returns only the score of the second
             decision = np.stack([-decision, decision], axis=1)
+
+        # A class without training items is never predicted.
         scores_QC = np.full((len(vectors_QD), num_classes), -np.inf, np.float32)
         scores_QC[:, model.classes_] = decision
         return scores_QC
@@ -202,26 +212,28 @@ def fit_logistic(train: Examples, val: Examples | None, num_classes: int) -> Cla
 def _validate_strengths(train: Examples, val: Examples) -> dict[float, float]:
     model = _logistic_model(train)
     scale = Scale.of(train.vectors)
-    train_MD, val_MD = scale(train.vectors), scale(val.vectors)
+    train_MD = scale(train.vectors)
+    val_MD = scale(val.vectors)
+
     accuracies: dict[float, float] = {}
     for strength in C_GRID:
         _fit_model(model, strength, train_MD, train.labels)
         accuracies[strength] = float(np.mean(model.predict(val_MD) == val.labels))
-        tried = list(accuracies.values())
-        if tried.index(max(tried)) < len(tried) - 2:
+        values = list(accuracies.values())
+        if values.index(max(values)) < len(values) - 2:
             break
     return accuracies
 
 
 def _logistic_model(train: Examples) -> Any:
-    """Create the model. Dimensions of scaled vectors have variance 1 / D, so gradients are smaller by its root."""
+    """Create the model. Dimensions of scaled vectors have variance 1 / D, so gradients and tolerance are smaller."""
     linear = require("sklearn.linear_model", package="scikit-learn")
     tolerance = _TOLERANCE / float(np.sqrt(train.vectors.shape[1]))
     return linear.LogisticRegression(max_iter=_MAX_ITERATIONS, tol=tolerance, warm_start=True)
 
 
 def _fit_model(model: Any, strength: float, vectors_MD: Floats, labels_M: Ints) -> int:
-    """Fit the model and return the number of iterations; the report says if they were too few."""
+    """Fit the model and return the number of iterations. The report says if they were too few."""
     model.set_params(C=strength)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="lbfgs failed to converge")
@@ -237,7 +249,7 @@ class Scale(NamedTuple):
 
     @classmethod
     def of(cls, vectors_MD: Floats) -> "Scale":
-        """Fit to training vectors; sums are in float64, block by block."""
+        """Fit to training vectors. Sums are in float64, block by block."""
         total = np.zeros(vectors_MD.shape[1])
         for block in blocks(len(vectors_MD), _BLOCK):
             total += normalize(vectors_MD[block]).sum(axis=0, dtype=np.float64)
@@ -263,9 +275,9 @@ def join_examples(train: Examples, val: Examples | None) -> Examples:
 
 
 def _validation(accuracies: Mapping[float, float], grid: Sequence[float]) -> dict[str, Any]:
-    """Return the accuracy of each strength, and whether only the first or last of the grid is best.
+    """Return the accuracy of each strength, and whether the best is at the edge of the grid.
 
-    One beyond the grid may then be better.
+    A strength beyond the grid may then be better.
     """
     best = [strength for strength in grid if accuracies.get(strength) == max(accuracies.values())]
     return {

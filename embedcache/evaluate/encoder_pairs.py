@@ -50,32 +50,42 @@ if TYPE_CHECKING:
 _MIN_SAMPLES = 20
 _NUM_BLOCKS = 50
 _RECALL_K = 10
-_SHARED_WIDTH, _SHRINKAGE = 256, 1.0  # the defaults of training
+_SHARED_WIDTH = 256  # default of training
+_SHRINKAGE = 1.0  # default of training
 _BLOCK = 1024
 
 
 def _open_features(cache: Cache, modality: str, names: Sequence[str]) -> tuple[list[InputFeature], list[str]]:
     """Open the named features, or all complete ones that no run computed, and return a line for each one left out."""
     if names:
-        named = {feature.name: feature for feature in (open_input(cache, modality, name) for name in names)}
-        for feature in named.values():
+        by_name = {}
+        for name in names:
+            feature = open_input(cache, modality, name)
+            by_name[feature.name] = feature
+        for feature in by_name.values():
             feature.require_complete()
-        return list(named.values()), []
+        return list(by_name.values()), []
+
     stored = cache.features(modality)
     if not stored:
         open_input(cache, modality)  # raises, with the command that extracts some
-    complete, skipped = [], []
+
+    complete = []
+    skipped = []
     for stored_feature in stored:
-        if stored_feature.group.is_from_run:  # which was trained on these samples
+        # A run was trained on these samples, so its features would look better than they are.
+        if stored_feature.group.is_from_run:
             name = stored_feature.name
             skipped.append(f"left out: {name} was computed by a run; --feature {modality}={name} compares it")
             continue
+
         feature = InputFeature([stored_feature])
         try:
             feature.require_complete()
             complete.append(feature)
         except UnfinishedError as error:
             skipped.append(f"left out: {error}")
+
     if skipped and not complete:
         raise UnfinishedError(
             f"{cache.path}: expected a complete {modality} feature, got none; {skipped[0].partition(': ')[2]}"
@@ -84,12 +94,10 @@ def _open_features(cache: Cache, modality: str, names: Sequence[str]) -> tuple[l
 
 
 def _draw_samples(cache: Cache, features: Sequence[Sequence[InputFeature]], settings: PairsSettings) -> Pairs:
-    """Draw samples without replacement from those that have an item of each modality with all of its features."""
+    """Draw samples without replacement among the samples with an item of each modality that has all its features."""
     pairs = pair_items([cache], features[0][:1], features[1][:1], language=settings.language)
-    first, second = (
-        items.where(np.logical_and.reduce([feature.valid for feature in side])[items.rows])
-        for items, side in zip((pairs.first, pairs.second), features, strict=True)
-    )
+    first = _with_all(pairs.first, features[0])
+    second = _with_all(pairs.second, features[1])
     samples = np.intersect1d(distinct(first.samples), distinct(second.samples), assume_unique=True)
     if settings.selection is not None:
         samples = np.intersect1d(samples, read_selection(settings.selection, [cache]), assume_unique=True)
@@ -103,10 +111,19 @@ def _draw_samples(cache: Cache, features: Sequence[Sequence[InputFeature]], sett
     return Pairs(first=first.select(samples), second=second.select(samples))
 
 
+def _with_all(items: Items, features: Sequence[InputFeature]) -> Items:
+    """Return the items that all features have encoded."""
+    is_valid_N = np.logical_and.reduce([feature.valid for feature in features])
+    return items.where(is_valid_N[items.rows])
+
+
 class _Sample(NamedTuple):
-    """The compared samples: all pairs, those that the probe is fitted on, and those that it is measured on.
+    """The compared samples.
 
     Args:
+        pairs: all pairs.
+        train: pairs that the probe is fitted on.
+        val: pairs that the probe is measured on.
         samples: (S,) int64 rows of the sample table, ascending.
         groups: (S,) near-duplicate group of each sample.
         blocks: (S,) jackknife block of each sample.
@@ -122,7 +139,7 @@ class _Sample(NamedTuple):
     split: str
 
     def positions(self, part: Pairs) -> tuple[Ints, Ints]:
-        """Return the positions of the items of both modalities of a part among those of all samples."""
+        """Return the positions of the items of both modalities of a part among the items of all samples."""
         return (
             np.searchsorted(self.pairs.first.rows, part.first.rows),
             np.searchsorted(self.pairs.second.rows, part.second.rows),
@@ -131,7 +148,8 @@ class _Sample(NamedTuple):
     def both_ways(self) -> list[tuple[tuple[Ints, Ints], Items, Items]]:
         """Return the positives, queries and candidates of both directions of the validation part."""
         first_M, second_M = self.val.positives()
-        first, second = self.val.first, self.val.second
+        first = self.val.first
+        second = self.val.second
         return [((first_M, second_M), first, second), ((second_M, first_M), second, first)]
 
 
@@ -141,7 +159,8 @@ def _split_samples(
     """Split samples into parts, without the test part."""
     reads = {feature.modality: feature.read for feature in features}
     split = make_split([cache], pairs, settings, reads, progress=progress)
-    train, val = pairs.select(split.rows("train")), pairs.select(split.rows("val"))
+    train = pairs.select(split.rows("train"))
+    val = pairs.select(split.rows("val"))
     samples = distinct(np.concatenate([train.samples, val.samples]))
     if len(samples) < _MIN_SAMPLES or not (len(train.samples) and len(val.samples)):
         raise DataError(
@@ -149,14 +168,17 @@ def _split_samples(
             f"{len(train.samples)} and {len(val.samples)} of {len(pairs.samples)} drawn samples of {cache.path}: draw "
             "more with --num-samples, compare fewer features, or use another split"
         )
+
+    # With 10 candidates, any order of them has an R@10 of 1.
     num_candidates = min(len(val.first.rows), len(val.second.rows))
-    if num_candidates <= _RECALL_K:  # then any order of them has a recall of 1
+    if num_candidates <= _RECALL_K:
         raise DataError(
             f"expected more than {_RECALL_K} {' and '.join(noun(feature.modality) for feature in features)} in the "
             f"validation part, on which R@{_RECALL_K} of the probe is measured, got {num_candidates} of "
             f"{len(samples):,} drawn samples: draw more with --num-samples, or use a split with a larger validation "
             "part, as by --val-fraction 0.25"
         )
+
     groups = np.array(split.groups)[samples]
     how = settings.kind if settings.path else split.line()
     return _Sample(pairs.select(samples), train, val, samples, groups, _assign_blocks(groups), how)
@@ -165,11 +187,11 @@ def _split_samples(
 def _assign_blocks(groups: Ints) -> Ints:
     """Assign whole groups to blocks of about equal size, the largest group first: (S,) block of each sample."""
     _, group_S, sizes = np.unique(groups, return_inverse=True, return_counts=True)
-    filled = np.zeros(min(_NUM_BLOCKS, len(sizes)), np.int64)
+    block_sizes = np.zeros(min(_NUM_BLOCKS, len(sizes)), np.int64)
     block_G = np.empty(len(sizes), np.int64)
     for group in np.argsort(-sizes, kind="stable"):
-        block_G[group] = filled.argmin()
-        filled[block_G[group]] += sizes[group]
+        block_G[group] = block_sizes.argmin()
+        block_sizes[block_G[group]] += sizes[group]
     block_S: Ints = block_G[group_S]
     return block_S
 
@@ -214,10 +236,10 @@ class PairsReport:
     """Metrics of all pairs of features of a cache, the best probe first.
 
     Args:
-        num_compared: of the drawn samples, those outside the test part of the split, which all metrics are of.
+        num_compared: drawn samples outside the test part of the split. All metrics compare these.
         num_trained: samples that the probe was fitted on.
         num_held: samples that the probe was measured on.
-        num_groups: near-duplicate groups, which intervals are over.
+        num_groups: near-duplicate groups, which are resampled for intervals.
         knn_chance: mutual kNN of unrelated features.
         chance: chance level of the probe by direction.
         skipped: one line per feature that was left out.
@@ -240,25 +262,25 @@ class PairsReport:
 
     @property
     def rows(self) -> str:
-        """How a sample becomes a row; the paper averages five captions too, and does not scale images first."""
+        """How a sample becomes a row. The paper also averages five captions, and does not scale images first."""
         first, second = pair_nouns(tuple(self.pairs[0].features))
         return f"each item scaled to length 1, then the mean over a sample's {first} and over its {second}"
 
     __repr__ = summary
 
     def lines(self) -> list[str]:
-        """Summarize what was measured, and name the best pair."""
+        """Summarize the measurement, and name the best pair."""
         best = self.pairs[0]
         names = " × ".join(best.features.values())
         outcome = f"{names} has the best probe, R@{_RECALL_K} {best.probe:.3f}, of {len(self.pairs)} pairs"
         return [self.line(), f"before any training: {outcome}"]
 
     def line(self) -> str:
-        """Summarize what was measured in one line."""
-        within = "" if self.selection is None else f" within {self.selection}"
+        """Summarize the measurement in one line."""
+        selection = "" if self.selection is None else f" within {self.selection}"
         language = "" if self.language is None else f" in {self.language}"
         return (
-            f"{pluralize(self.num_compared, 'sample')} outside the test part of {self.num_drawn:,} drawn{within} "
+            f"{pluralize(self.num_compared, 'sample')} outside the test part of {self.num_drawn:,} drawn{selection} "
             f"(seed {self.seed}), split {self.split}; rows: {self.rows}{language}; CKA centered; kNN by cosine, "
             f"k {self.k}; probe: CCA fitted on {self.num_trained:,} samples, ranked on {self.num_held:,} "
             f"others; 95% intervals over {pluralize(self.num_groups, 'near-duplicate group')}"
@@ -275,41 +297,45 @@ def evaluate_pairs(
 ) -> PairsReport:
     """Compare every feature of one modality with every one of another on the same samples, without training.
 
-    Features are named by `feature` as in `train`; each is compared by itself, and a modality without a name has all of
-    its features.
+    Features are named by `feature` as in `train`. Each feature is compared by itself. All features of a modality are
+    compared if none of it is named.
 
-    Samples that have all features are drawn and split. Those of the test part are not used, so that a choice made here
-    may be tested there. `PairsReport.rows` describes how a sample becomes a row; token features are averaged over
-    tokens. The probe is the CCA that training starts from, fitted on the training part and ranked on the validation
-    part. A strict split is by the first feature of each of the two modalities, and by the others of the cache.
+    Samples that have all features are drawn and split. The test part is not used, so that a choice made here may be
+    tested there. `PairsReport.rows` describes how a sample becomes a row. Token features are averaged over tokens. The
+    probe is the CCA that training starts from, fitted on the training part and ranked on the validation part. A strict
+    split compares the first feature of each of the two modalities, and the cache's other modalities.
 
-    Intervals of CKA are a jackknife over 50 blocks of whole near-duplicate groups, those of the others a bootstrap over
-    the groups. Memory: all features of the second modality, which texts are, and one of the first, of the drawn samples
-    in float32, two features in float64, three D × D matrices of the widest, and 64 MB of similarities; never n × n.
+    Intervals of CKA are a jackknife over 50 blocks of whole near-duplicate groups. Other intervals are a bootstrap over
+    the groups. Memory: of the drawn samples, all features of the second modality (texts, if there are any) and one of
+    the first in float32, two features in float64, three D × D matrices of the widest, and 64 MB of similarities. It
+    never contains an n × n matrix.
 
     Raises:
         UnknownNameError: no such feature or language, or the cache has no feature of a modality.
-        UnfinishedError: a named feature has missing chunks, or all have.
-        SettingError: features of other than two modalities, or k is not below
-            the number of samples, or nothing can be held out.
+        UnfinishedError: a named feature has missing chunks, or every feature has.
+        SettingError: features are not of two modalities, k is not below the number of samples, or nothing can be held
+            out.
         DataError: too few samples have all features or are in the validation part, or a feature is constant, NaN or
             infinite.
     """
-    settings, progress = merge_settings(PairsSettings, settings, {}), to_progress(progress)
+    settings = merge_settings(PairsSettings, settings, {})
     settings = replace_flat(settings, with_split_seed(options, settings))
+    progress = to_progress(progress)
     cache = Cache(cache)
-    named = _name_features(cache, feature)
-    opened = [_open_features(cache, name, names) for name, names in named.items()]
-    first_features, second_features = (features for features, _ in opened)
-    skipped = [line for _, lines in opened for line in lines]
+    names = _name_features(cache, feature)
+    first, second = names
+    first_features, first_skipped = _open_features(cache, first, names[first])
+    second_features, second_skipped = _open_features(cache, second, names[second])
+    skipped = first_skipped + second_skipped
     for line in skipped:
         progress.note(line)
-    settings = replace_fields(settings, language=choose_language([cache], named, settings.language, progress))
+    settings = replace_fields(settings, language=choose_language([cache], names, settings.language, progress))
 
     pairs = _draw_samples(cache, (first_features, second_features), settings)
     sample = _split_samples(pairs, cache, (first_features[0], second_features[0]), settings.split, progress)
     if settings.k >= len(sample.samples):
         raise SettingError(f"k: expected less than the {len(sample.samples)} compared samples, got {settings.k}")
+
     metrics = _measure_pairs(sample, first_features, second_features, settings, progress)
     return PairsReport(
         pairs=sorted(metrics, key=lambda pair: -pair.probe),
@@ -323,23 +349,23 @@ def evaluate_pairs(
         k=settings.k,
         seed=settings.seed,
         knn_chance=settings.k / (len(sample.samples) - 1),
-        chance=dict(zip(directions(tuple(named)), _chances(sample), strict=True)),
+        chance=dict(zip(directions((first, second)), _chances(sample), strict=True)),
         skipped=skipped,
         selection=None if settings.selection is None else str(settings.selection),
     )
 
 
 def _name_features(cache: Cache, feature: NamedFeatures) -> dict[str, Sequence[str]]:
-    """Return the names of the features of two modalities, in the order of `order_pair`; no names are all features."""
-    named = features_by_modality(cache, feature)
-    if len(named) < 2 and {*named} <= {*default_pair(cache)}:
-        named = {modality: named.get(modality, []) for modality in default_pair(cache)}
-    if len(named) != 2 or not {*named} <= {*MODALITIES}:
+    """Return the names of the features of two modalities, in the order of `order_pair`. No names mean all features."""
+    names = features_by_modality(cache, feature)
+    if len(names) < 2 and {*names} <= {*default_pair(cache)}:
+        names = {modality: names.get(modality, []) for modality in default_pair(cache)}
+    if len(names) != 2 or not {*names} <= {*MODALITIES}:
         raise SettingError(
-            f"feature: expected features of two modalities of {', '.join(MODALITIES)}, got {', '.join(named)}; name "
+            f"feature: expected features of two modalities of {', '.join(MODALITIES)}, got {', '.join(names)}; name "
             "some of both, such as audio=NAME and text=NAME"
         )
-    return {name: named[name] for name in order_pair(named)}
+    return {modality: names[modality] for modality in order_pair(names)}
 
 
 def _chances(sample: _Sample) -> list[Estimate]:
@@ -359,7 +385,7 @@ def _measure_pairs(
     settings: PairsSettings,
     progress: Progress,
 ) -> list[PairMetrics]:
-    """Measure every pair: all second features are prepared first, then one first feature after another."""
+    """Measure every pair. All second features are prepared first, then one first feature after another."""
     products = products_on(settings.device)
     progress.start("encoder pairs", len(first_features) * len(second_features), "pairs")
     prepared = [_prepare(feature, sample.pairs.second, sample, settings.k, products) for feature in second_features]
@@ -374,7 +400,7 @@ def _measure_pairs(
 
 
 class _PreparedFeature(NamedTuple):
-    """All that its pairs need of one feature: vectors of items, means of samples, and the neighbors of those."""
+    """Vectors of the items of one feature, their means by sample, and the neighbors of the means."""
 
     modality: str
     name: str
@@ -391,10 +417,13 @@ def _prepare(feature: InputFeature, items: Items, sample: _Sample, k: int, produ
         check_finite(inputs.values, f"the {feature.modality} feature {feature.name}", rows=items.rows[block])
         parts.append(to_unit_vectors(inputs))
     unit_ID = np.concatenate(parts)
+
+    # A sample is the mean of its items, so that several captions count as one row.
     row_I = np.searchsorted(sample.samples, items.samples)
     rows_SD = np.zeros((len(sample.samples), unit_ID.shape[1]), np.float32)
     np.add.at(rows_SD, row_I, unit_ID)
     rows_SD /= np.bincount(row_I)[:, None].astype(np.float32)
+
     try:
         blocked = CenteredRows(rows_SD, sample.blocks)
     except DataError as error:
@@ -405,7 +434,8 @@ def _prepare(feature: InputFeature, items: Items, sample: _Sample, k: int, produ
 
 
 def _measure(sample: _Sample, first: _PreparedFeature, second: _PreparedFeature, products: Products) -> PairMetrics:
-    x, y = CenteredRows(first.rows_SD, sample.blocks), CenteredRows(second.rows_SD, sample.blocks)
+    x = CenteredRows(first.rows_SD, sample.blocks)
+    y = CenteredRows(second.rows_SD, sample.blocks)
     overlap_S = neighbor_overlap(first.neighbors_SK, second.neighbors_SK)
     recalls = _probe(sample, first.items_ID, second.items_ID, products)
     return PairMetrics(
@@ -418,8 +448,12 @@ def _measure(sample: _Sample, first: _PreparedFeature, second: _PreparedFeature,
 
 def _probe(sample: _Sample, first_ID: Floats, second_TE: Floats, products: Products) -> list[Estimate]:
     """Fit CCA on all pairs of the training part, as training does, and rank the validation items both ways."""
-    positions = sample.positions(sample.train)
-    first_M, second_M = (position[joined] for position, joined in zip(positions, sample.train.all_pairs(), strict=True))
+    first_positions, second_positions = sample.positions(sample.train)
+    first_items, second_items = sample.train.all_pairs()
+    first_M = first_positions[first_items]
+    second_M = second_positions[second_items]
+
+    # CCA needs only second moments, which are summed block by block.
     moments = Moments(first_ID.shape[1], second_TE.shape[1])
     for block in blocks(len(first_M), 8 * _BLOCK):
         moments.add(first_ID[first_M[block]], second_TE[second_M[block]])
@@ -428,10 +462,10 @@ def _probe(sample: _Sample, first_ID: Floats, second_TE: Floats, products: Produ
     val_first, val_second = sample.positions(sample.val)
     first_NP = normalize((first_ID[val_first] - moments.first_mean) @ first_DP)
     second_NP = normalize((second_TE[val_second] - moments.second_mean) @ second_EP)
+
     recalls = []
-    for vectors, (positives, queries, _) in zip(
-        ((first_NP, second_NP), (second_NP, first_NP)), sample.both_ways(), strict=True
-    ):
+    sides = ((first_NP, second_NP), (second_NP, first_NP))
+    for vectors, (positives, queries, _) in zip(sides, sample.both_ways(), strict=True):
         ranks_Q = best_ranks(*vectors, positives, products=products)
         groups_Q = sample.groups[np.searchsorted(sample.samples, queries.samples)]
         recalls.append(bootstrap_mean(ranks_Q <= _RECALL_K, groups_Q))

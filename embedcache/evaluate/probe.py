@@ -1,4 +1,4 @@
-"""Probes: how well classifiers on a frozen feature predict a label, and few-shot curves."""
+"""Measure how well classifiers on a frozen feature predict a label, also from a few examples per class."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -50,7 +50,7 @@ class LabeledFeature:
         names: names of the classes.
         examples: (M, D) vectors, the mean of the tokens of an item, and (M,) classes.
         parts: (M,) `train`, `val` or `test`.
-        groups: (M,) near-duplicate group of each item's sample, which intervals are over.
+        groups: (M,) near-duplicate group of each item's sample. Groups are resampled for intervals.
         split_rule: description of how the parts were made.
         cosines: modality -> cosine above which items are near-duplicates.
         num_unlabeled: items without a label, left out.
@@ -79,7 +79,7 @@ class Score:
 
     Args:
         accuracy: top-1 accuracy, with a 95% interval from resampling near-duplicate groups.
-        top5: top-5 accuracy; None for five classes or fewer.
+        top5: top-5 accuracy, None for five classes or fewer.
         mean_per_class: mean of `recalls` over the classes with test items, with its interval.
         recalls: (C,) float64 recall of each class; NaN for a class without test items.
         chosen: hyperparameters chosen on validation.
@@ -106,8 +106,8 @@ class FewShot:
 class Control:
     """Accuracy of one method on the test items after fitting on shuffled labels.
 
-    Items of a class are close to each other, so a classifier gives most of a class one label, and a single shuffle may
-    be far from chance, above or below, without a leak. The interval is therefore over shuffles, too.
+    Items of a class are close to each other, so a classifier gives most of a class one label. A single shuffle may
+    therefore be far from chance, above or below, without a leak. So the interval also covers the variance of shuffles.
     """
 
     method: str
@@ -117,7 +117,7 @@ class Control:
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeReport:
-    """Probes of one feature; `majority` is the accuracy of predicting the most frequent class."""
+    """Probes of one feature. `majority` is the accuracy of predicting the most frequent class."""
 
     labeled: LabeledFeature
     settings: ProbeSettings
@@ -135,13 +135,14 @@ class ProbeReport:
     __repr__ = summary
 
     def lines(self) -> list[str]:
-        """Summarize what was measured, with the accuracy of each method and that of chance."""
+        """Summarize the measurement, with the accuracy of each method and of the most frequent class."""
         scores = [f"{score.method} {score.accuracy}" for score in self.scores]
         return [self.line(), f"accuracy: {', '.join(scores)}; most frequent class {self.majority:.3f}"]
 
     def line(self) -> str:
-        """Summarize what was measured in one line."""
-        data, counts = self.labeled, self.counts
+        """Summarize the measurement in one line."""
+        data = self.labeled
+        counts = self.counts
         pooled = " (mean of its tokens)" if data.feature.has_tokens else ""
         reasons = "in no part or failed" if self.settings.selection is None else "not selected, in no part or failed"
         rest = f"; {pluralize(data.num_left_out, 'item')} {reasons}" if data.num_left_out else ""
@@ -158,15 +159,20 @@ class ProbeReport:
 
     def warnings(self) -> list[str]:
         """Return one line for each reason to doubt the results."""
-        data, is_test, lines = self.labeled, self.labeled.parts == "test", []
+        lines = []
         if self.overlap is not None and self.overlap.warning:
             lines.append(self.overlap.line())
+
+        # A class that no training item has cannot be predicted.
+        data = self.labeled
+        is_test = data.parts == "test"
         unseen = np.setdiff1d(data.examples.labels[is_test], data.examples.labels[~is_test])
         if len(unseen):
             names = first_few(unseen.tolist(), 5, show=lambda number: repr(data.names[number]))
             lines.append(
                 f"{pluralize(len(unseen), 'class has', 'classes have')} test items and no training items: {names}"
             )
+
         for score in self.scores:
             if not score.chosen.get("converged", True):
                 lines.append(f"{score.method} did not converge in {score.chosen['iterations']:,} iterations")
@@ -195,21 +201,25 @@ def evaluate_probe(
         DataError: labels or parts are not usable.
         MissingExtraError: logistic regression, and scikit-learn is not installed.
     """
-    settings, progress = merge_settings(ProbeSettings, settings, {}), to_progress(progress)
+    settings = merge_settings(ProbeSettings, settings, {})
     settings = replace_flat(settings, with_split_seed(options, settings))
+    progress = to_progress(progress)
     methods = {name: load_method(name) for name in dict.fromkeys(settings.classifiers)}
     data = read_labeled(Cache(cache), settings, progress=progress)
     data = replace(data, examples=replace(data.examples, products=products_on(settings.device)))
+
     num_fits = 1 + (settings.control + len(settings.shots)) * settings.draws
     progress.start("probing", len(methods) * num_fits, "fits")
     scores = [_score(name, fit, data, progress) for name, fit in methods.items()]
-    controls = [_control(name, fit, data, settings, progress) for name, fit in methods.items() if settings.control]
-    few_shots = [
-        _few_shot(name, fit, data, shots, settings, progress)
-        for name, fit in methods.items()
-        for shots in settings.shots
-    ]
+    controls = []
+    if settings.control:
+        controls = [_control(name, fit, data, settings, progress) for name, fit in methods.items()]
+    few_shots = []
+    for name, fit in methods.items():
+        few_shots += [_few_shot(name, fit, data, shots, settings, progress) for shots in settings.shots]
     progress.finish()
+
+    # Predicting the most frequent class is the level that a probe must exceed.
     is_test = data.parts == "test"
     most_frequent = np.bincount(data.examples.labels[~is_test]).argmax()
     return ProbeReport(
@@ -226,9 +236,9 @@ def evaluate_probe(
 def _find_overlap(data: LabeledFeature, progress: Progress) -> Overlap:
     """Compare the test items with the items of training and validation, by the limits of the split."""
     is_test = data.parts == "test"
-    tested, trained = (
-        {data.feature.modality: ItemSet(data.feature, data.items.where(mask))} for mask in (is_test, ~is_test)
-    )
+    modality = data.feature.modality
+    tested = {modality: ItemSet(data.feature, data.items.where(is_test))}
+    trained = {modality: ItemSet(data.feature, data.items.where(~is_test))}
     return measure_overlap(tested, [trained], data.cosines, progress=progress)
 
 
@@ -239,10 +249,11 @@ def _ranks(fitted: Classifier, test: Examples) -> Ints:
 
 
 def _score(name: str, fit: Fit, data: LabeledFeature, progress: Progress) -> Score:
-    """Fit a method on all training items, and measure it on the test items; intervals are over groups."""
+    """Fit a method on all training items, and measure it on the test items. Intervals are over groups."""
     fitted = _fit(fit, data, data.examples.labels)
     rows = data.rows("test")
-    test, clusters = data.examples.take(rows), data.groups[rows]
+    test = data.examples.take(rows)
+    clusters = data.groups[rows]
     ranks_Q = _ranks(fitted, test)
     progress.advance(1)
     return Score(
@@ -280,7 +291,7 @@ def _few_shot(
 def _repeat(
     fit_draw: Callable[[int], Classifier], data: LabeledFeature, settings: ProbeSettings, progress: Progress
 ) -> tuple[Estimate, list[float]]:
-    """Compute the accuracy over draws, with an interval over draws and groups, and that of each draw."""
+    """Compute the accuracy over draws, with an interval over draws and groups, and the accuracy of each draw."""
     rows = data.rows("test")
     test = data.examples.take(rows)
     is_right_RQ = np.empty((settings.draws, len(test.labels)), bool)
@@ -297,7 +308,7 @@ def _fit(fit: Fit, data: LabeledFeature, labels_M: Ints) -> Classifier:
 
 
 def shuffle_labels(data: LabeledFeature, *, seed: Sequence[int]) -> Ints:
-    """Return the (M,) labels, with those of training and validation in random order."""
+    """Return the (M,) labels. Labels of training and validation items are in random order."""
     labels_M = data.examples.labels.copy()
     shuffled = np.flatnonzero(data.parts != "test")
     labels_M[shuffled] = np.random.default_rng(seed).permutation(labels_M[shuffled])
@@ -305,7 +316,7 @@ def shuffle_labels(data: LabeledFeature, *, seed: Sequence[int]) -> Ints:
 
 
 def draw_shots(labels_M: Ints, rows: Ints, shots: int, *, seed: Sequence[int]) -> Ints:
-    """Draw some of the rows of each class, ascending by class; with one seed, fewer shots are a subset of more."""
+    """Draw some rows of each class, ascending by class. With the same seed, fewer shots are a subset of more shots."""
     shuffled = np.random.default_rng(seed).permutation(rows)
     ordered = shuffled[np.argsort(labels_M[shuffled], kind="stable")]
     _, starts = np.unique(labels_M[ordered], return_index=True)
@@ -316,10 +327,10 @@ def draw_shots(labels_M: Ints, rows: Ints, shots: int, *, seed: Sequence[int]) -
 def read_labeled(cache: Cache, settings: ProbeSettings, *, progress: Progress | None = None) -> LabeledFeature:
     """Read the vectors, labels and parts of a feature.
 
-    Parts are those of the column `split`, if the cache has one and no split was given, or else those of the split: a
-    strict one by default, see `make_split`. Validation is taken from training if there is none. Items without a label
-    are left out. If the settings name `val` as the part to measure on, the test part is left out. Memory: the vectors
-    in float32.
+    Parts come from the column `split` if the cache has one and no split was given, and otherwise from the split of the
+    settings, which is strict by default, see `make_split`. Validation is drawn from training if there is none. Items
+    without a label are left out. If the settings name `val` as the part to measure on, the test part is left out.
+    Memory: the vectors in float32.
 
     Raises:
         SettingError: more shots than a class has training items.
@@ -332,26 +343,32 @@ def read_labeled(cache: Cache, settings: ProbeSettings, *, progress: Progress | 
     items = read_items([cache], [feature])
     if settings.selection is not None:
         items = items.select(read_selection(settings.selection, [cache]))
+
     is_labeled = has_label(cache, items.samples, column=settings.label)
     if not is_labeled.any():
         raise DataError(
             f"column {settings.label!r} of {cache.path}: expected labels, got none for {len(is_labeled):,} items; name "
             "another column with --label"
         )
-    items, num_unlabeled = items.where(is_labeled), int((~is_labeled).sum())
+    items = items.where(is_labeled)
+    num_unlabeled = int((~is_labeled).sum())
+
     part_S, group_S, rule, cosines = _parts(cache, feature, items, settings, progress or NullProgress())
     parts = part_S[items.samples]
     used_items = items.where(parts != "")
     parts = parts[parts != ""]
     counts = {part: int((parts == part).sum()) for part in PARTS}
-    if missing := [part for part in PARTS if not counts[part]]:
+    if empty := [part for part in PARTS if not counts[part]]:
         listed = ", ".join(f"{name}: {count:,}" for name, count in counts.items())
         raise DataError(
-            f"{cache.path}: expected {missing[0]} items with {feature.name} and a label, got none ({listed}; {rule}); "
+            f"{cache.path}: expected {empty[0]} items with {feature.name} and a label, got none ({listed}; {rule}); "
             "label more items, or use another --split"
         )
+
+    # Classes are checked before the vectors are read, as reading takes longest.
     labels = read_labels(cache, used_items.samples, column=settings.label)
     _check_classes(cache, settings, labels, is_training=parts == "train")
+
     return LabeledFeature(
         feature=feature,
         names=labels.names,
@@ -376,10 +393,11 @@ def _check_classes(cache: Cache, settings: ProbeSettings, labels: Labels, *, is_
             f"column {settings.label!r} of {cache.path}: expected at least two classes among the training items, got "
             f"only {labels.names[classes[0]]!r}"
         )
+
     if max(settings.shots, default=0) > num_items.min():
-        least = labels.names[classes[num_items.argmin()]]
+        smallest = labels.names[classes[num_items.argmin()]]
         raise SettingError(
-            f"shots: expected at most {num_items.min():,}, the training items of class {least!r}, got "
+            f"shots: expected at most {num_items.min():,}, the training items of class {smallest!r}, got "
             f"{max(settings.shots):,}"
         )
 
@@ -388,41 +406,47 @@ def _parts(
     cache: Cache, feature: InputFeature, items: Items, settings: ProbeSettings, progress: Progress
 ) -> tuple[Array, Ints, str, Mapping[str, float]]:
     """Return the (S,) part of each sample, or "", its (S,) group, the rule in words, and near-duplicates' limits."""
-    split, part = settings.split, settings.part
+    split = settings.split
+    part = settings.part
     is_default = split.kind == "strict" and "split" not in to_flat(settings)
     group_S = np.arange(cache.info.num_samples)
     if _SPLIT in cache.columns and (split.kind == "column" or is_default):
         names = cache.column(_SPLIT)
         part_S: Array = column_parts(names).to_numpy(zero_copy_only=False).astype("<U5")
         values = sorted({str(value).lower() for value in pc.unique(names).to_pylist()})
-        group_S[items.samples[::-1]] = items.contents[::-1]  # the first items decide: copies are not divided
-        rule, cosines = f"column {_SPLIT!r}", split.cosines
+        group_S[items.samples[::-1]] = items.contents[::-1]  # the first item decides, so copies are not divided
+        rule = f"column {_SPLIT!r}"
+        cosines = split.cosines
     else:
         reader = {feature.modality: feature.read}
-        made = make_split([cache], Pairs(first=items, second=items), split, reader, progress=progress)
+        divided = make_split([cache], Pairs(first=items, second=items), split, reader, progress=progress)
         part_S = np.full(cache.info.num_samples, "", "<U5")
         for name in PARTS:
-            part_S[made.mask(name)] = name
+            part_S[divided.mask(name)] = name
         values = [name for name in PARTS if name in part_S]
-        group_S = np.array(made.groups)
-        rule, cosines = f"{split.path or 'split'} ({made.line()})".removesuffix(" ()"), made.cosines
+        group_S = np.array(divided.groups)
+        rule = f"{split.path or 'split'} ({divided.line()})".removesuffix(" ()")
+        cosines = divided.cosines
 
-    found = set(np.unique(part_S).tolist())
-    if not {"train", part} <= found:
-        others = [name for name in ("test", "val") if {"train", name} <= found]
-        next_step = f"; use another part: --part {others[0]}" if others else ""
+    names_present = set(np.unique(part_S).tolist())
+    if not {"train", part} <= names_present:
+        alternatives = [name for name in ("test", "val") if {"train", name} <= names_present]
+        next_step = f"; use another part: --part {alternatives[0]}" if alternatives else ""
         raise DataError(
             f"parts of {cache.path} by {rule}: expected train and {part}, got {', '.join(values)}{next_step}"
         )
+
+    # The measured part is called `test` from here on; the real test part is not touched.
     if part != "test":
         part_S[part_S == "test"] = ""
         part_S[part_S == part] = "test"
         rule += f", {part} is held out"
+
     if not (part_S == "val").any():
         train = np.intersect1d(items.samples, np.flatnonzero(part_S == "train"))
         quota = round(split.val_fraction * len(train))
-        drawn = draw_groups(Keys([cache], train), number_values(group_S[train]), [quota], split.seed)
-        part_S[train[drawn == 0]] = "val"
+        draw = draw_groups(Keys([cache], train), number_values(group_S[train]), [quota], split.seed)
+        part_S[train[draw == 0]] = "val"
         rule += f", {split.val_fraction:.0%} of train for validation"
     return part_S, group_S, f"parts by {rule}", cosines
 
@@ -432,6 +456,7 @@ def _read_vectors(feature: InputFeature, rows: Ints, progress: Progress) -> Floa
     position_N = np.full(feature.num_items, -1)
     position_N[rows] = np.arange(len(rows))
     vectors_MD = np.empty((len(rows), feature.width), np.float32)
+
     progress.start(f"loading {feature.name}", feature.num_items, noun(feature.modality))
     for rows_B, inputs in feature.blocks():
         position_B = position_N[rows_B]

@@ -1,4 +1,4 @@
-"""Retrieval between the two modalities of trained runs, such as images and texts, on cached features."""
+"""Measure retrieval between the two modalities of trained runs, such as images and texts, on cached features."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -66,11 +66,11 @@ class Ranking:
         first: (I, P) float32 rows of length 1, in the order of `pairs.first`.
         second: (T, P) float32 rows of length 1, in the order of `pairs.second`.
         positives: two (M,) arrays: first item i and second item j of each positive pair.
-        ranks: direction, such as `i2t` and `t2i`, -> (I,) or (T,): rank of the best positive among all candidates, 1 is
-            the top.
-        average_precisions: as `ranks`: average precision of each query.
+        ranks: direction, such as `i2t` and `t2i`, -> rank of the best positive among all candidates, (I,) or (T,). The
+            top has rank 1.
+        average_precisions: direction -> average precision of each query.
         by_width: smaller width -> `ranks` by that many first components of `first` and `second`, of length 1 again.
-        named: rows of the samples whose captions name a class of the run's prototypes; None without prototypes.
+        named: rows of the samples whose captions name a class of the run's prototypes, None without prototypes.
     """
 
     seed: int
@@ -93,18 +93,19 @@ class Ranking:
 
     def sides(self, direction: str) -> tuple[Items, Items]:
         """Return the queries and the candidates of a direction."""
-        first, second = self.pairs.first, self.pairs.second
+        first = self.pairs.first
+        second = self.pairs.second
         return (first, second) if self.is_forward(direction) else (second, first)
 
     def clusters(self, direction: str) -> Ints:
-        """Return the near-duplicate group of each query, which intervals are over."""
+        """Return the near-duplicate group of each query. Groups are resampled for intervals."""
         clusters_Q: Ints = self.groups[self.sides(direction)[0].samples]
         return clusters_Q
 
     def is_unnamed(self, direction: str) -> Bools:
-        """Return whether each query is of a sample whose captions name no class of the prototypes: (Q,) bool."""
-        named = () if self.named is None else self.named
-        is_unnamed_Q: Bools = ~np.isin(self.sides(direction)[0].samples, named)
+        """Return whether the captions of each query's sample name no class of the prototypes: (Q,) bool."""
+        named_samples = () if self.named is None else self.named
+        is_unnamed_Q: Bools = ~np.isin(self.sides(direction)[0].samples, named_samples)
         return is_unnamed_Q
 
 
@@ -114,26 +115,26 @@ class RetrievalReport:
 
     Args:
         part: description of the part.
-        language: language of the captions; None is all.
+        language: language of the captions, None for all languages.
         recalls: direction -> `r@k` -> mean over runs and queries, with a 95% interval from resampling near-duplicate
             groups.
         rank_metrics: direction -> `map`, the mean average precision, and `median_rank`, with 95% intervals of the same
             kind.
         curves: direction -> mean recalls at k = 1, 2, … up to 100 or the number of candidates.
-        chance: as `recalls`, for random vectors, equal ones of equal items: the expectation, and the range of 95% of
+        chance: recalls of random vectors, where equal items have equal vectors. The interval is the range of 95% of
             random orders.
-        over_seeds: as `recalls`, with 95% intervals that hold the variance of seeds, too; empty for one run.
-        by_width: width -> as `recalls`, by the first components of the shared space, ascending and with the whole width
-            last; empty if no smaller width was ranked.
+        over_seeds: the same recalls with 95% intervals that also cover the variance of seeds, empty for one run.
+        by_width: width -> recalls by that many first components of the shared space. Widths ascend to the whole width.
+            Empty if no smaller width was ranked.
         by_seed: mean recall over both directions and all k of each run, in the order of `seeds`.
-        num_items: modality -> number of items per run, first that of the first direction's queries.
+        num_items: modality -> number of items per run, the queries of the first direction first.
         seeds: random seed of each run.
-        overlap: the largest overlap of a run with its training part; None if it was not checked.
+        overlap: the largest overlap of a run with its training part, None if it was not checked.
         run_paths: folder of each run.
-        unnamed: as `recalls`, of queries whose samples' captions name no class of the runs' prototypes, among all
-            candidates; empty without prototypes, or if every sample names one.
-        named_samples: per run, samples whose captions name a class of the prototypes, and all samples; empty without
-            prototypes.
+        unnamed: recalls of queries whose samples' captions name no class of the runs' prototypes, among all candidates.
+            Empty without prototypes, or if every sample names one.
+        named_samples: per run, the number of samples whose captions name a class of the prototypes, and of all samples.
+            Empty without prototypes.
     """
 
     part: str
@@ -153,7 +154,7 @@ class RetrievalReport:
     named_samples: Sequence[tuple[int, int]] = ()
 
     def __repr__(self) -> str:
-        """Return `line`, and below it the recalls of each direction, those of chance, and its ranks, for `print`."""
+        """Return `line` and, for each direction, its recalls, their chance level and its ranks, for `print`."""
         lines = [self.line()]
         for direction, recalls in self.recalls.items():
             chances = self.chance[direction]
@@ -164,17 +165,16 @@ class RetrievalReport:
         return "\n".join(lines)
 
     def line(self) -> str:
-        """Summarize what was measured in one line, with a warning if the part overlaps with the training part."""
-        of_language = f" in {self.language}" if self.language else ""
+        """Summarize the measurement in one line, with a warning if the part overlaps with the training part."""
+        language = f" in {self.language}" if self.language else ""
         nouns = pair_nouns(tuple(self.num_items))
         counts = ", ".join(f"{num[0]:,} {name}" for num, name in zip(self.num_items.values(), nouns, strict=True))
-        named = ""
+        prototypes = ""
         if self.named_samples:
             num_named, num_samples = self.named_samples[0]
-            named = f", {num_named:,} of {num_samples:,} samples name a class of the prototypes"
-        return report_line(
-            f"{self.part}: {counts}{of_language} per run{named}", self.seeds, self.by_seed, "mean recall", self.warning
-        )
+            prototypes = f", {num_named:,} of {num_samples:,} samples name a class of the prototypes"
+        start = f"{self.part}: {counts}{language} per run{prototypes}"
+        return report_line(start, self.seeds, self.by_seed, "mean recall", self.warning)
 
     @property
     def directions(self) -> tuple[str, str]:
@@ -198,9 +198,9 @@ def evaluate_retrieval(
 ) -> RetrievalReport:
     """Rank the items of one part of a cache with a run, or with the seeds of one recipe, which are averaged.
 
-    The cache may be one that the runs were trained on, or any other with features of the same encoders. Of a part with
-    more than `max_samples` samples as many are drawn, the same for every run. Memory: the features of the ranked
-    samples, tiles of similarities, and about 270 bytes per sample of the cache, whose items are paired.
+    The cache may be one that the runs were trained on, or any other with features of the same encoders. If the part has
+    more than `max_samples` samples, the same ones are drawn for every run. Memory: the features of the ranked samples,
+    tiles of similarities, and about 270 bytes per sample of the cache, whose items are paired.
 
     Args:
         cache: the cache.
@@ -211,8 +211,8 @@ def evaluate_retrieval(
         progress: progress in queries.
 
     Raises:
-        SettingError: no run, two of one seed, a control that was not trained on shuffled pairs, several languages, or a
-            width above that of the shared space.
+        SettingError: no run, two runs of one seed, a control that was not trained on shuffled pairs, several languages,
+            or a width above the width of the shared space.
         FingerprintError: a run was trained on features from another encoder, or with another recipe than the others.
         DataError: the part is empty.
     """
@@ -225,12 +225,22 @@ def evaluate_retrieval(
     both = directions(first.modalities)
 
     recalls = {direction: _recalls(rankings, direction) for direction in both}
-    over_runs = {direction: _over_seeds(rankings, direction, recalls[direction]) for direction in both if len(runs) > 1}
-    by_width = {
-        width: {direction: _recalls(rankings, direction, width) for direction in both} for width in first.by_width
-    }
+    over_runs = {}
+    if len(runs) > 1:
+        over_runs = {direction: _over_seeds(rankings, direction, recalls[direction]) for direction in both}
+
+    by_width = {}
+    for width in first.by_width:
+        by_width[width] = {direction: _recalls(rankings, direction, width) for direction in both}
+    if by_width:
+        by_width[first.first.shape[1]] = recalls
+
+    # Prototypes know the names of their classes, so queries that name none are also reported by themselves.
     named_samples = [(len(each.named), len(each.pairs.samples)) for each in rankings if each.named is not None]
-    has_unnamed = bool(named_samples) and any(num_named < num_all for num_named, num_all in named_samples)
+    unnamed = {}
+    if any(num_named < num_all for num_named, num_all in named_samples):
+        unnamed = {direction: _unnamed_recalls(rankings, direction) for direction in both}
+
     num_items = ([len(ranking.first) for ranking in rankings], [len(ranking.second) for ranking in rankings])
     return RetrievalReport(
         part=first.part,
@@ -240,16 +250,13 @@ def evaluate_retrieval(
         curves={direction: _recall_curve(rankings, direction) for direction in both},
         chance={direction: _chances(rankings, direction) for direction in both},
         over_seeds=over_runs,
-        by_width={**by_width, first.first.shape[1]: recalls} if by_width else {},
-        by_seed=[
-            float(np.mean([recall_at(ranks, k) for ranks in ranking.ranks.values() for k in KS]))
-            for ranking in rankings
-        ],
+        by_width=by_width,
+        by_seed=[_mean_recall(ranking) for ranking in rankings],
         num_items=dict(zip(first.modalities, num_items, strict=True)),
         seeds=[ranking.seed for ranking in rankings],
         overlap=largest_overlap(ranking.overlap for ranking in rankings),
         run_paths=[run.path for run in runs],
-        unnamed={direction: _unnamed_recalls(rankings, direction) for direction in both if has_unnamed},
+        unnamed=unnamed,
         named_samples=named_samples,
     )
 
@@ -263,7 +270,7 @@ def compare_retrieval(
     progress: AnyProgress = None,
     **options: Unpack["RetrievalOptions"],
 ) -> dict[str, RetrievalReport]:
-    """Evaluate several recipes, each in every language of the settings; seeds of one recipe are averaged.
+    """Evaluate several recipes, each in every language of the settings. Seeds of one recipe are averaged.
 
     Args:
         cache: the cache.
@@ -293,8 +300,16 @@ def compare_retrieval(
     return reports
 
 
+def _mean_recall(ranking: Ranking) -> float:
+    """Return the mean recall over both directions and all k."""
+    recalls = []
+    for ranks in ranking.ranks.values():
+        recalls += [recall_at(ranks, k) for k in KS]
+    return float(np.mean(recalls))
+
+
 def _recalls(rankings: Sequence[Ranking], direction: str, width: int | None = None) -> dict[str, Estimate]:
-    """Estimate the recalls of all runs together, by the first components of the shared space if there is a width."""
+    """Estimate the recalls of all runs together. With a width, use that many components of the shared space."""
     ranks = [(ranking.ranks if width is None else ranking.by_width[width])[direction] for ranking in rankings]
     return hit_rates(ranks, [ranking.clusters(direction) for ranking in rankings], {f"r@{k}": k for k in KS})
 
@@ -307,7 +322,9 @@ def _unnamed_recalls(rankings: Sequence[Ranking], direction: str) -> dict[str, E
 
 
 def _over_seeds(rankings: Sequence[Ranking], direction: str, recalls: Mapping[str, Estimate]) -> dict[str, Estimate]:
-    by_run = {f"r@{k}": [recall_at(ranking.ranks[direction], k) for ranking in rankings] for k in KS}
+    by_run = {}
+    for k in KS:
+        by_run[f"r@{k}"] = [recall_at(ranking.ranks[direction], k) for ranking in rankings]
     return over_seeds(recalls, by_run, [ranking.clusters(direction) for ranking in rankings])
 
 
@@ -328,14 +345,15 @@ def _recall_curve(rankings: Sequence[Ranking], direction: str) -> list[float]:
 
 def _chances(rankings: Sequence[Ranking], direction: str) -> dict[str, Estimate]:
     num_queries = sum(effective_number(ranking.sides(direction)[0].contents) for ranking in rankings)
-    return {
-        f"r@{k}": chance_estimate(float(np.mean([chance_at(each, direction, k) for each in rankings])), num_queries)
-        for k in KS
-    }
+    chances = {}
+    for k in KS:
+        expected = float(np.mean([chance_at(ranking, direction, k) for ranking in rankings]))
+        chances[f"r@{k}"] = chance_estimate(expected, num_queries)
+    return chances
 
 
 def chance_at(ranking: Ranking, direction: str, k: int) -> float:
-    """Compute the expected recall at k of random vectors, equal ones of equal items."""
+    """Compute the expected recall at k of random vectors, where equal items have equal vectors."""
     positives = ranking.positives if ranking.is_forward(direction) else ranking.positives[::-1]
     return tied_chance_recall(positives, ranking.sides(direction)[1].contents, k)
 
@@ -361,15 +379,17 @@ def rank(
     pairs = Pairs(first=number_items(pairs.first, features[0]), second=number_items(pairs.second, features[1]))
     item_sets = [ItemSet(*side) for side in zip(features, (pairs.first, pairs.second), strict=True)]
 
+    # A width that is too large is refused before the items are projected.
     widths = _smaller_widths(run, settings)
     vectors = [_project(run, item_set, progress) for item_set in item_sets]
     positives = pairs.positives()
-    before = _count_before(run, "ranking", vectors, positives, progress)
+    whole_counts = _count_before(run, "ranking", vectors, positives, progress)
     by_width = {}
     for width in widths:
         narrow = [normalize(vectors_NP[:, :width]) for vectors_NP in vectors]
         counts = _count_before(run, f"ranking by width {width}", narrow, positives, progress)
         by_width[width] = {direction: first_ranks(*count) for direction, count in counts.items()}
+
     return Ranking(
         seed=run.seed,
         part=part,
@@ -379,8 +399,8 @@ def rank(
         first=vectors[0],
         second=vectors[1],
         positives=positives,
-        ranks={direction: first_ranks(*count) for direction, count in before.items()},
-        average_precisions={direction: average_precisions(*count) for direction, count in before.items()},
+        ranks={direction: first_ranks(*count) for direction, count in whole_counts.items()},
+        average_precisions={direction: average_precisions(*count) for direction, count in whole_counts.items()},
         overlap=find_overlap(run, cache, dict(zip(modalities, item_sets, strict=True)), settings, progress=progress),
         by_width=by_width,
         named=_find_named(cache, run, pairs),
@@ -388,7 +408,7 @@ def rank(
 
 
 def _find_named(cache: Cache, run: Run, pairs: Pairs) -> Ints | None:
-    """Return the samples whose captions name a class of the run's prototypes; None without prototypes or captions."""
+    """Return the samples whose captions name a class of the run's prototypes, None without prototypes or captions."""
     class_names = read_class_names(run)
     if class_names is None or "text" not in run.modalities:
         return None
@@ -398,7 +418,7 @@ def _find_named(cache: Cache, run: Run, pairs: Pairs) -> Ints | None:
 
 
 def ranked_language(run: Run, settings: RetrievalSettings) -> str | None:
-    """Return the language of the captions that are ranked: of the settings, or of the training; None: all."""
+    """Return the language of the ranked captions, from the settings or from training. None means all languages."""
     if len(settings.language) > 1:
         languages = ", ".join(settings.language)
         raise SettingError(f"language: expected one language, got {languages}; use compare_retrieval for several")
@@ -407,17 +427,18 @@ def ranked_language(run: Run, settings: RetrievalSettings) -> str | None:
 
 
 def _draw_samples(pairs: Pairs, part: str, max_samples: int) -> tuple[Pairs, str]:
-    """Draw the samples to rank from a part that has more; return their pairs, and the part with how many they are."""
+    """Draw the samples to rank if a part has too many. Return their pairs, and the part with their number."""
     samples = pairs.samples
     if not max_samples or len(samples) <= max_samples:
         return pairs, part
-    drawn = np.sort(np.random.default_rng(0).choice(samples, max_samples, replace=False))
+
+    ranked_samples = np.sort(np.random.default_rng(0).choice(samples, max_samples, replace=False))
     described = f"{part}, {max_samples:,} of {len(samples):,} samples drawn at random (--max-samples 0 ranks all)"
-    return pairs.select(drawn), described
+    return pairs.select(ranked_samples), described
 
 
 def _smaller_widths(run: Run, settings: RetrievalSettings) -> list[int]:
-    """Return the widths to rank by besides the whole, ascending: those of the settings, or of the training."""
+    """Return the smaller widths to rank by, ascending, from the settings or from training."""
     whole = run.shared_width
     if too_wide := [width for width in settings.widths if width > whole]:
         raise SettingError(

@@ -1,6 +1,6 @@
-"""The runs that are evaluated, the samples they are evaluated on, and which of these were seen in training.
+"""Open the runs and the samples of an evaluation, and find samples that were seen in training.
 
-Seeds of one recipe are averaged. Seen are equal bytes or text, and near-duplicates by cosine.
+Seeds of one recipe are averaged. An item was seen if training had equal bytes, an equal caption or a near-duplicate.
 """
 
 import re
@@ -45,7 +45,8 @@ def load_runs(run_paths: RunPaths, *, is_control: bool = False, device: str = AU
     """Open seeds of one recipe, with their pairs on a device.
 
     Raises:
-        SettingError: no run, two of one seed, a control that was not trained on shuffled pairs, or a missing device.
+        SettingError: no run, two runs of one seed, a control that was not trained on shuffled pairs, or a missing
+            device.
         FingerprintError: they differ in more than their seeds.
         PathError: a folder is not a finished run.
         CorruptError: weights have other bytes than were written.
@@ -55,11 +56,13 @@ def load_runs(run_paths: RunPaths, *, is_control: bool = False, device: str = AU
     if not runs:
         raise SettingError(_NO_RUN)
 
-    first, *others = runs
     seeds = [run.seed for run in runs]
     if len(set(seeds)) < len(seeds):
         raise SettingError(f"expected runs of different seeds to average, got seeds {', '.join(map(str, seeds))}")
-    for run in others:
+
+    # Averages over different recipes would mean nothing.
+    first = runs[0]
+    for run in runs[1:]:
         next_step = f"average only seeds of one recipe: evaluate {first.path} and {run.path} one by one"
         check_same(f"run {first.path}", first.recipe, run.recipe, next_step=next_step)
     return runs
@@ -74,9 +77,9 @@ def _open_runs(run_paths: RunPaths, *, is_control: bool, device: str = "cpu") ->
 
 
 def group_by_recipe(run_paths: RunPaths, *, is_control: bool = False) -> dict[str, list[Path]]:
-    """Group runs by recipe: name -> seeds, in the given order.
+    """Group runs by recipe: name -> paths, in the given order.
 
-    Runs of one recipe of which two have the same seed are not averaged: each is a group.
+    If two runs of one recipe have the same seed, its runs are not averaged. Each is then a group.
 
     Raises:
         SettingError: a run is named twice.
@@ -91,16 +94,21 @@ def group_by_recipe(run_paths: RunPaths, *, is_control: bool = False) -> dict[st
         by_recipe.setdefault(digest(run.recipe), []).append(run)
     recipes: list[list[Path]] = []
     for group in by_recipe.values():
-        is_averaged = len({run.seed for run in group}) == len(group)
-        recipes += [[run.path for run in group]] if is_averaged else [[run.path] for run in group]
+        if len({run.seed for run in group}) == len(group):
+            recipes.append([run.path for run in group])
+        else:
+            recipes += [[run.path] for run in group]
     return _name_recipes(recipes)
 
 
 def _name_recipes(recipes: Sequence[list[Path]]) -> dict[str, list[Path]]:
-    """Return the recipes by name: what the names of their folders share, or else these names, or else the paths."""
-    # without the number of a seed: `run-0` -> `run`; but `r0` stays, as `r` may be any of several
-    stems = [[re.sub(r"[-_.]\d+$", "", path.name) or path.name for path in paths] for paths in recipes]
-    names = [", ".join(dict.fromkeys(stem)) for stem in stems]
+    """Return the recipes by the common part of their folders' names, else by these names, else by the paths."""
+    # The number of a seed is left out: `run-0` -> `run`. But `r0` stays, as `r` may be any of several.
+    names = []
+    for paths in recipes:
+        stems = [re.sub(r"[-_.]\d+$", "", path.name) or path.name for path in paths]
+        names.append(", ".join(dict.fromkeys(stems)))
+
     if len(set(names)) < len(names):
         folders = [path.name for paths in recipes for path in paths]
         is_unique = len(set(folders)) == len(folders)
@@ -109,7 +117,7 @@ def _name_recipes(recipes: Sequence[list[Path]]) -> dict[str, list[Path]]:
 
 
 class RecipeRuns(NamedTuple):
-    """Runs of one recipe, which differ only in the seed, or the same of a control trained on shuffled pairs."""
+    """Runs of one recipe, which differ only in the seed. A control was trained on shuffled pairs."""
 
     name: str
     run_paths: list[Path]
@@ -117,24 +125,27 @@ class RecipeRuns(NamedTuple):
 
 
 def iterate_recipes(run_paths: RunPaths, control_paths: RunPaths) -> Iterator[RecipeRuns]:
-    """Iterate over the recipes of runs, then over those of controls.
+    """Iterate over the recipes of runs, then over the recipes of controls.
 
-    SettingError if there are none.
+    Raises `SettingError` if there are none.
     """
-    run_paths, control_paths = one_or_many(run_paths), one_or_many(control_paths)
+    run_paths = one_or_many(run_paths)
+    control_paths = one_or_many(control_paths)
     if not (run_paths or control_paths):
         raise SettingError(_NO_RUN)
+
     runs = group_by_recipe(run_paths)
     controls = group_by_recipe(control_paths, is_control=True)
     for name, paths in runs.items():
         yield RecipeRuns(name, paths, is_control=False)
+
     for name, paths in controls.items():
         is_clear = len(controls) == 1 and _CONTROL not in runs
         yield RecipeRuns(_CONTROL if is_clear else f"{_CONTROL}, {name}", paths, is_control=True)
 
 
 def report_line(start: str, seeds: Sequence[int], scores: Sequence[float], name: str, warning: str | None) -> str:
-    """Summarize a report in one line: its start, the seeds with the score of each if there are several, a warning."""
+    """Summarize a report in one line: its start, the seeds, the score of each if there are several, and a warning."""
     line = f"{start}; {'seeds' if len(seeds) > 1 else 'seed'} {', '.join(map(str, seeds))}"
     if len(seeds) > 1:
         line += f" ({name} {', '.join(f'{score:.3f}' for score in scores)})"
@@ -170,10 +181,11 @@ class EvalSplit(NamedTuple):
 
 
 def read_eval_split(cache: Cache, run: Run, part: str | None = None, selection: Path | str | None = None) -> EvalSplit:
-    """Select the samples of a cache to evaluate a run on, only those of a selection if one is given.
+    """Select the samples of a cache to evaluate a run on, only samples of a selection if one is given.
 
-    For a cache that the run was trained on, the run's split decides; for any other the column `split`, if there is
-    one, or else all samples. The part None is `test`, or `all` of another cache without such a part.
+    For a cache that the run was trained on, the run's split decides. For any other cache, the column `split` decides.
+    If there is no such column, all samples are used. If the part is None, it is `test`, or `all` of another cache
+    without such a part.
 
     Raises:
         CorruptError: the run's split differs from the one it was trained on.
@@ -187,9 +199,9 @@ def read_eval_split(cache: Cache, run: Run, part: str | None = None, selection: 
         evaluated = EvalSplit(f"part {part or 'test'} of the run's split{how}", rows, np.array(split.groups))
     else:
         evaluated = read_part(cache, part)
-
     if selection is None:
         return evaluated
+
     rows = np.intersect1d(evaluated.samples, read_selection(selection, [cache]), assume_unique=True)
     if not len(rows):
         raise DataError(
@@ -199,7 +211,7 @@ def read_eval_split(cache: Cache, run: Run, part: str | None = None, selection: 
 
 
 def read_part(cache: Cache, part: str | None = None) -> EvalSplit:
-    """Select samples by the column `split`. The part None is `test`, or `all` without such a part.
+    """Select samples by the column `split`. If the part is None, it is `test`, or `all` without such a part.
 
     Raises:
         DataError: there is no such part.
@@ -209,15 +221,16 @@ def read_part(cache: Cache, part: str | None = None) -> EvalSplit:
     rows = np.flatnonzero(pc.equal(column_parts(names), part or "test"))
     if part == "all" or (part is None and not len(rows)):
         return EvalSplit("all samples", np.setdiff1d(groups, cache.removed, assume_unique=True), groups)
+
     if not len(rows):
-        known = sorted(map(str, pc.unique(names.drop_null()).to_pylist()))
-        reason = f"its column split holds {', '.join(known)}" if known else "it has no column split"
+        values = sorted(map(str, pc.unique(names.drop_null()).to_pylist()))
+        reason = f"its column split holds {', '.join(values)}" if values else "it has no column split"
         raise DataError(f"{cache.path}: expected {part} samples, got none, as {reason}; use --part all")
     return EvalSplit(f"split {part or 'test'} of {cache.path.name}", rows, groups)
 
 
 def was_trained_on(run: Run, cache: Cache) -> bool:
-    """Return whether a cache is one of those that a run was trained on."""
+    """Return whether a run was trained on a cache."""
     return any(map(cache.info.has_rows_of, run.info.index_digest.split("+")))
 
 
@@ -227,7 +240,7 @@ def read_run_split(run: Run, cache: Cache) -> Split:
 
 
 def read_run_selection(run: Run, cache: Cache) -> Ints | None:
-    """Return the samples of a cache that the selection of a run contains; None without a selection."""
+    """Return the samples of a cache that the selection of a run contains, None without a selection."""
     path = run.selection_path
     if path is None:
         return None
@@ -235,14 +248,14 @@ def read_run_selection(run: Run, cache: Cache) -> Ints | None:
 
 
 def read_class_names(run: Run) -> "ClassNames | None":
-    """Return the names of the classes that a run was trained with as prototypes; None of a run without prototypes."""
+    """Return the names of the classes that a run was trained with as prototypes, None without prototypes."""
     if PROTOTYPES not in run.info.files:
         return None
     return ClassNames(run.file(PROTOTYPES).read_text(encoding="utf-8").splitlines())
 
 
 class ClassNames:
-    """Names of classes, synonyms separated by commas, that are looked for in texts.
+    """Names of classes to find in captions, with synonyms separated by commas.
 
     Example:
         >>> ClassNames(["tabby, tabby cat", "bus"]).are_in(["Two tabby cats.", "a busy street"])
@@ -251,7 +264,10 @@ class ClassNames:
 
     def __init__(self, lines: Sequence[str]) -> None:
         self.num_classes = len(lines)
-        self._names = {_words(name) for line in lines for name in line.split(",")} - {()}
+        self._names: set[tuple[str, ...]] = set()
+        for line in lines:
+            self._names |= {_words(name) for name in line.split(",")}
+        self._names.discard(())
         self._lengths = sorted(set(map(len, self._names)))
 
     def are_in(self, texts: Iterable[str]) -> Bools:
@@ -274,7 +290,7 @@ class Overlap:
     Args:
         exact: samples with an item that is in the training part, byte for byte.
         num_checked: samples that were compared by cosine, drawn at random if there are many.
-        near: of these, samples with an item above `cosines` to one of the training part, or equal to one.
+        near: checked samples with an item that equals one of the training part, or is closer to it than `cosines`.
         not_compared: training caches that could not be opened.
         cosines: thresholds by modality.
     """
@@ -319,20 +335,22 @@ def find_overlap(
     *,
     progress: Progress | None = None,
 ) -> Overlap | None:
-    """Compare evaluated items of a cache, by modality, with those a run was trained on, if the settings enable it.
+    """Compare evaluated items of a cache, by modality, with a run's training items, if the settings enable it.
 
-    The run's split says from which cosine on items are near-duplicates. Of many samples, some are drawn at random
-    (seed 0), so that it takes seconds. Memory: the compared vectors, and tiles of their cosines. Progress is in items
-    of the training part.
+    Near-duplicates are items above the cosine of the run's split. If there are many samples, some are drawn at random
+    (seed 0), so that the comparison lasts seconds. Memory: the compared vectors, and tiles of their cosines. Progress
+    is in items of the training part.
     """
     if not settings.check_overlap or (settings.part == "train" and was_trained_on(run, cache)):
         return None
-    caches, missing = _open_training_caches(run, cache, settings.trained_on)
-    if not (caches or missing):  # no pair was trained on
+
+    caches, absent_paths = _open_training_caches(run, cache, settings.trained_on)
+    if not (caches or absent_paths):  # no pair was trained on
         return None
-    trained = [items for cache in caches for items in [training_items(run, cache)] if items]
+
+    trained = list(filter(None, (training_items(run, training_cache) for training_cache in caches)))
     cosines = read_split_cosines(run.path / SPLIT)
-    return measure_overlap(evaluated, trained, cosines, not_compared=missing, progress=progress)
+    return measure_overlap(evaluated, trained, cosines, not_compared=absent_paths, progress=progress)
 
 
 def measure_overlap(
@@ -343,20 +361,25 @@ def measure_overlap(
     not_compared: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Overlap:
-    """Compare evaluated items, by modality, with those that were trained on, of each cache; see `find_overlap`."""
+    """Compare evaluated items, by modality, with the training items of each cache. See `find_overlap`."""
     samples = distinct(np.concatenate([items.items.samples for items in evaluated.values()]))
     count = min(len(samples), _num_affordable(evaluated, trained) if trained else 0)
     checked = np.sort(np.random.default_rng(0).choice(samples, count, replace=False))
     cosines = {modality: cosines[modality] for modality in evaluated}
-    exact, near = set[int](), set[int]()
+
+    # Copies are searched among all items, as hashes are cheap; near-duplicates only among the drawn ones.
+    exact = set[int]()
+    near = set[int]()
     for modality, item_set in evaluated.items():
-        others = [items[modality] for items in trained]
         part = item_set._replace(items=item_set.items.select(checked))
-        for other in others:
-            copies, _ = find_equal(item_set, other)
+        for items in trained:
+            copies, _ = find_equal(item_set, items[modality])
             exact |= set(item_set.items.samples[copies >= 0].tolist())
-            found = find_near(part, other, cosines[modality], all_pairs=True, progress=progress or NullProgress())
-            near |= set(part.items.samples[found.sims > cosines[modality]].tolist())
+            nearest = find_near(
+                part, items[modality], cosines[modality], all_pairs=True, progress=progress or NullProgress()
+            )
+            near |= set(part.items.samples[nearest.sims > cosines[modality]].tolist())
+
     return Overlap(
         num_samples=len(samples),
         exact=len(exact),
@@ -368,38 +391,41 @@ def measure_overlap(
 
 
 def _open_training_caches(run: Run, cache: Cache, paths: Sequence[str]) -> tuple[list[Cache], list[str]]:
-    """Open the caches that a run was trained on, known by their index digests; return the paths of missing ones too.
+    """Open the caches that a run was trained on, and return the paths of the caches that are missing.
 
-    Each is looked for in the evaluated cache, then at `paths`, then where it was when the run was trained.
+    A cache is recognized by its index digest. The evaluated cache is tried first, then `paths`, then the path that was
+    recorded when the run was trained.
     """
-    named = [Cache(path) for path in paths]
-    for other in named:
-        if not was_trained_on(run, other):
+    moved_caches = [Cache(path) for path in paths]
+    for moved_cache in moved_caches:
+        if not was_trained_on(run, moved_cache):
             raise DataError(
-                f"{other.path}: expected a cache that run {run.path} was trained on, got another; name the caches it "
-                "was trained on"
+                f"{moved_cache.path}: expected a cache that run {run.path} was trained on, got another; name the "
+                "caches it was trained on"
             )
+
     index_digests = run.info.index_digest.split("+") if run.info.index_digest else []
-    caches, missing = [], []
-    recorded = run.info.caches[: len(index_digests)]
-    for index_digest, path in zip_longest(index_digests, recorded, fillvalue="an unnamed cache"):
-        candidates = chain([cache], named, _open_recorded(run, path))
-        match = next((other for other in candidates if other.info.has_rows_of(index_digest)), None)
+    recorded_paths = run.info.caches[: len(index_digests)]
+    caches = []
+    absent_paths = []
+    for index_digest, path in zip_longest(index_digests, recorded_paths, fillvalue="an unnamed cache"):
+        candidates = chain([cache], moved_caches, _open_recorded(run, path))
+        match = next((candidate for candidate in candidates if candidate.info.has_rows_of(index_digest)), None)
         if match is None:
-            missing.append(path)
+            absent_paths.append(path)
         else:
             caches.append(match)
-    return caches, missing
+    return caches, absent_paths
 
 
 def _open_recorded(run: Run, path: str) -> Iterator[Cache]:
-    """Open a cache where it was when a run was trained on it, if it is still there."""
+    """Open a cache at the path that was recorded in training, if it is still there."""
     with suppress(PathError):
         yield Cache(find_named(path, run.path, "cache"))
 
 
 def training_items(run: Run, cache: Cache) -> Mapping[str, ItemSet]:
-    """Return the items of one of a run's caches that it was trained on, by modality; empty if there are none.
+    """Return the training items of a run in one of its caches, by modality. Empty if there are none.
 
     Their contents are not numbered.
     """
@@ -408,6 +434,7 @@ def training_items(run: Run, cache: Cache) -> Mapping[str, ItemSet]:
         rows = np.intersect1d(rows, selected, assume_unique=True)
     if not len(rows):
         return {}
+
     first, second = (run_input(cache, run, modality) for modality in run.info.inputs)
     language = run.info.settings.get("language")
     pairs = pair_items([cache], [first], [second], language=language, is_numbered=False).select(rows)
@@ -416,8 +443,8 @@ def training_items(run: Run, cache: Cache) -> Mapping[str, ItemSet]:
 
 def _num_affordable(evaluated: Mapping[str, ItemSet], trained: Sequence[Mapping[str, ItemSet]]) -> int:
     """Return how many samples can be compared within seconds."""
-    products_per_sample = sum(
-        item_set.feature.width * sum(len(items[modality].items.rows) for items in trained)
-        for modality, item_set in evaluated.items()
-    )
+    products_per_sample = 0
+    for modality, item_set in evaluated.items():
+        num_trained = sum(len(items[modality].items.rows) for items in trained)
+        products_per_sample += item_set.feature.width * num_trained
     return max(_MIN_CHECKED, int(_MAX_PRODUCTS / max(1, products_per_sample)))

@@ -20,7 +20,12 @@ _OVERLAP_HELP = "Check whether evaluated items were seen in training."
 
 
 class RetrievalSettings(Settings):
-    """Settings of retrieval between two modalities."""
+    """Settings of retrieval between two modalities.
+
+    Example:
+        >>> RetrievalSettings(part="val", widths=(32, 64)).max_samples
+        50000
+    """
 
     part: Literal["train", "val", "test", "all"] | None = setting(None, _PART_HELP, default_text=_PART_DEFAULT)
     language: tuple[str, ...] = setting(
@@ -49,7 +54,12 @@ class RetrievalSettings(Settings):
 
 
 class ZeroShotSettings(Settings):
-    """Settings of zero-shot classification."""
+    """Settings of zero-shot classification.
+
+    Example:
+        >>> ZeroShotSettings(label="species").check_overlap
+        True
+    """
 
     label: str = setting(**LABEL)
     part: Literal["train", "val", "test", "all"] | None = setting(None, _PART_HELP, default_text=_PART_DEFAULT)
@@ -60,7 +70,12 @@ class ZeroShotSettings(Settings):
 
 
 class AdapterEvalSettings(Settings):
-    """Settings of the evaluation of an adapter."""
+    """Settings of the evaluation of an adapter.
+
+    Example:
+        >>> AdapterEvalSettings(part="all").num_queries
+        2000
+    """
 
     part: Literal["train", "val", "test", "all"] | None = setting(None, _PART_HELP, default_text=_PART_DEFAULT)
     num_queries: int = setting(2_000, "Most queries, drawn at random from a larger part.", ge=1)
@@ -69,7 +84,12 @@ class AdapterEvalSettings(Settings):
 
 
 class ProbeSettings(Settings):
-    """Settings of classifiers on a frozen feature."""
+    """Settings of classifiers on a frozen feature.
+
+    Example:
+        >>> ProbeSettings(classifiers=("knn",), shots=(1, 2, 4)).draws
+        5
+    """
 
     modality: ModalityName = setting("image", "Modality of the items to classify.")
     feature: str | None = setting(None, FEATURE_HELP, metavar="NAME", default_text="the only one")
@@ -110,7 +130,12 @@ class _ProbeSplitSettings(SplitSettings):
 
 
 class PairsSettings(Settings):
-    """Settings of the comparison of encoder pairs."""
+    """Settings of the comparison of encoder pairs.
+
+    Example:
+        >>> PairsSettings(num_samples=2_000).split.val_fraction
+        0.25
+    """
 
     language: str | None = setting(
         None, "Use only captions of this language; any uses all.", metavar="CODE", default_text=LANGUAGE_DEFAULT

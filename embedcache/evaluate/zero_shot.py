@@ -60,13 +60,13 @@ class ZeroShotPredictions:
     """Predicted classes of the items of one part with one run.
 
     Args:
-        modality: modality of the items, that which the run pairs with texts.
+        modality: modality of the items, which the run pairs with texts.
         items: items that have a label.
         num_prompts: (C,) number of prompts of each class.
         labels: (N,) true class of each item.
-        ranks: (N,) rank of the true class, 1 is the top.
+        ranks: (N,) rank of the true class. The top has rank 1.
         predicted: (N, K) classes with the highest scores, best first.
-        is_named: (C,) whether a class of the run's prototypes has the name of each class; None without prototypes.
+        is_named: (C,) whether a class of the run's prototypes has the name of each class, None without prototypes.
     """
 
     seed: int
@@ -84,7 +84,7 @@ class ZeroShotPredictions:
 
     @property
     def is_unnamed(self) -> Bools:
-        """Whether the class of each item is none that the run's prototypes name: (N,) bool."""
+        """Whether no prototype of the run names the class of each item: (N,) bool."""
         assert self.is_named is not None
         is_unnamed_N: Bools = ~self.is_named[self.labels]
         return is_unnamed_N
@@ -103,18 +103,18 @@ class ZeroShotReport:
         num_unlabeled: items without a label, left out.
         accuracies: `acc1`, `acc5` and `mean_per_class_recall` -> mean over runs and items, with a 95% interval from
             resampling near-duplicate groups.
-        over_seeds: as `accuracies`, with 95% intervals that hold the variance of seeds, too; empty for one run.
-        chance: as `accuracies`, for classes drawn at random.
+        over_seeds: the same accuracies with 95% intervals that also cover the variance of seeds, empty for one run.
+        chance: accuracies of classes drawn at random.
         by_class: (C,) accuracy of each class, NaN for a class without items.
         confusion: (C, C) number of items by true class and predicted class, summed over runs.
         by_seed: `acc1` of each run, in the order of `seeds`.
         seeds: random seed of each run.
-        overlap: the largest overlap of a run with its training part; None if it was not checked.
+        overlap: the largest overlap of a run with its training part, None if it was not checked.
         run_paths: folder of each run.
         prompts_path: cache of the prompts.
-        unnamed: as `accuracies`, of the items of classes whose name contains none of the runs' prototypes, among all
-            classes; empty without prototypes, or if there are no such items.
-        num_named: number of classes that are named by prototypes; None without prototypes.
+        unnamed: accuracies of items whose class no prototype of the runs names, among all classes. Empty without
+            prototypes, or if there are no such items.
+        num_named: number of classes that are named by prototypes, None without prototypes.
     """
 
     part: str
@@ -137,14 +137,14 @@ class ZeroShotReport:
     num_named: int | None = None
 
     def __repr__(self) -> str:
-        """Return `line`, and below it the accuracies with those of chance, for notebooks and `print`."""
+        """Return `line`, and below it the accuracies with their chance levels, for notebooks and `print`."""
         values = (f"{name} {each}, chance {self.chance[name].value:.3f}" for name, each in self.accuracies.items())
         return "\n".join([self.line(), "; ".join(values)])
 
     def line(self) -> str:
-        """Summarize what was measured in one line, with a warning if the part overlaps with the training part."""
-        fewest, most = self.num_prompts
-        prompts = pluralize(most, "prompt") if fewest == most else f"{fewest:,} to {most:,} prompts"
+        """Summarize the measurement in one line, with a warning if the part overlaps with the training part."""
+        fewest, highest = self.num_prompts
+        prompts = pluralize(highest, "prompt") if fewest == highest else f"{fewest:,} to {highest:,} prompts"
         classes = pluralize(len(self.names), "class", "classes")
         counts = f"{count_items(self.num_items, self.modality)}, {classes} of {prompts}"
         counts += f" ({self.num_unlabeled:,} without a label left out)" if self.num_unlabeled else ""
@@ -169,8 +169,8 @@ def evaluate_zero_shot(
 ) -> ZeroShotReport:
     """Classify the items of a cache with a run, or with the seeds of one recipe, which are averaged.
 
-    The items are of the modality that the run pairs with texts: images, recordings, videos or point clouds. Memory: a
-    block of items and their scores, and the prompts.
+    The items are of the modality that the run pairs with texts, such as images, audio, videos or point clouds. Memory:
+    a block of items and their scores, and the prompts.
 
     Args:
         cache: cache with the runs' feature of that modality, and labels: names of classes, or their numbers from 0.
@@ -183,7 +183,7 @@ def evaluate_zero_shot(
         progress: progress in items.
 
     Raises:
-        SettingError: no run, two of one seed, or a control that was not trained on shuffled pairs.
+        SettingError: no run, two runs of one seed, or a control that was not trained on shuffled pairs.
         FingerprintError: a run was trained on features from another encoder, or with another recipe than the others.
         UnknownNameError: there is no such column.
         DataError: a run without texts, the part is empty, no item has a label, a label is not a class, or a class has
@@ -198,6 +198,8 @@ def evaluate_zero_shot(
         prompts_cache = open_names(prompts, text.spec, text.feature, text.fingerprint, progress=progress)
     else:
         prompts_cache = Cache(prompts)
+
+    # Runs are evaluated one by one, and their items are pooled for the estimates.
     predictions = [classify(cache, run, prompts_cache, settings, progress=progress) for run in runs]
     first = predictions[0]
     num_classes = len(first.names)
@@ -210,17 +212,21 @@ def evaluate_zero_shot(
     accuracies = _accuracies(ranks, clusters, labels_N)
     unnamed: Mapping[str, Estimate] = {}
     if first.is_named is not None and not first.is_named[labels_N].all():
-        kept = [prediction.is_unnamed for prediction in predictions]
+        masks = [prediction.is_unnamed for prediction in predictions]
         unnamed = _accuracies(
-            [ranks_N[mask] for ranks_N, mask in zip(ranks, kept, strict=True)],
-            [clusters_N[mask] for clusters_N, mask in zip(clusters, kept, strict=True)],
-            labels_N[np.concatenate(kept)],
+            [ranks_N[mask] for ranks_N, mask in zip(ranks, masks, strict=True)],
+            [clusters_N[mask] for clusters_N, mask in zip(clusters, masks, strict=True)],
+            labels_N[np.concatenate(masks)],
         )
-    by_run = {f"acc{k}": [recall_at(ranks_N, k) for ranks_N in ranks] for k in KS}
+
+    by_run = {}
+    for k in KS:
+        by_run[f"acc{k}"] = [recall_at(ranks_N, k) for ranks_N in ranks]
     by_run["mean_per_class_recall"] = [
         float(np.nanmean(class_means(prediction.ranks == 1, prediction.labels, num_classes)))
         for prediction in predictions
     ]
+
     chances = {"acc1": 1 / num_classes, "acc5": min(1, 5 / num_classes), "mean_per_class_recall": 1 / num_classes}
     return ZeroShotReport(
         part=first.split.part,
@@ -262,7 +268,7 @@ def compare_zero_shot(
     progress: AnyProgress = None,
     **options: Unpack["ZeroShotOptions"],
 ) -> dict[str, ZeroShotReport]:
-    """Evaluate several recipes; seeds of one recipe are averaged.
+    """Evaluate several recipes. Seeds of one recipe are averaged.
 
     Args:
         cache: cache of labeled items.
@@ -299,13 +305,14 @@ def classify(
     *,
     progress: Progress | None = None,
 ) -> ZeroShotPredictions:
-    """Classify the items of one part with one run; errors are those of `evaluate_zero_shot`."""
+    """Classify the items of one part with one run. `evaluate_zero_shot` lists the errors."""
     settings = settings or ZeroShotSettings(check_overlap=False)
     if "text" not in run.info.inputs:
         raise DataError(
             f"run {run.path}: expected one with the modality text, which prompts have, got one of "
             f"{' and '.join(run.info.inputs)}; train one with texts"
         )
+
     modality = run.other_modality("text")
     check_prompts(prompts_cache, run.input("text").spec)
     prompts = read_prompts(prompts_cache, run_input(prompts_cache, run, "text"))
@@ -316,13 +323,17 @@ def classify(
         raise DataError(
             f"{split.part} of {cache.path}: expected {noun(modality)} with {feature.name}, got none; check --part"
         )
+
     is_labeled = has_label(cache, items.samples, column=settings.label)
-    items, num_unlabeled = items.where(is_labeled), int((~is_labeled).sum())
+    items = items.where(is_labeled)
+    num_unlabeled = int((~is_labeled).sum())
     if not len(items.rows):
         raise DataError(
             f"column {settings.label!r} of {cache.path}: expected labels, got none for {num_unlabeled:,} "
             f"{noun(modality)} of {split.part}; name another column with --label"
         )
+
+    # Labels are checked before the items are projected, as a label that is not a class stops the evaluation.
     labels = read_labels(cache, items.samples, column=settings.label, classes=prompts.names).numbers
     class_names = read_class_names(run)
     ranks, predicted = _rank(run, feature, items.rows, labels, prompts, progress or NullProgress())
@@ -347,7 +358,8 @@ def _rank(
 ) -> tuple[Ints, Ints]:
     """Compute the (N,) rank of each item's class and the (N, K) classes with the highest scores."""
     classes_CP = class_vectors(prompts, run.pair.tower("text"), device=run.device)
-    ranks, predicted = [], []
+    ranks = []
+    predicted = []
     progress.start("classifying", len(rows), noun(feature.modality))
     tower = run.pair.tower(feature.modality)
     for block in blocks(len(rows), _BLOCK):
