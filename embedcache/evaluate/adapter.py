@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 
-from embedcache.arrays import Floats, Ints
+from embedcache.arrays import Array, Floats, Ints
 from embedcache.dataset.vectors import Vectors
 from embedcache.errors import DataError, SettingError, summary
 from embedcache.evaluate.runs import read_eval_split
@@ -129,7 +129,7 @@ def evaluate_adapter(
     groups = split.groups[samples[queries]]
     estimates = {}
     for name, (places, is_own) in neighbors.items():
-        columns = [neighbor_overlap(places, reencoded), neighbor_overlap(places, old_places), is_own]
+        columns: list[Array] = [neighbor_overlap(places, reencoded), neighbor_overlap(places, old_places), is_own]
         estimates[name] = bootstrap_means(np.stack(columns, axis=1), groups)
 
     num_items = len(rows) - 1
