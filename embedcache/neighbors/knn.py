@@ -1,7 +1,7 @@
-"""Exact nearest neighbors by dot product, and one pass over stored vectors in threads or Ray tasks.
+"""Find exact nearest neighbors by dot product, and scan stored vectors in threads or Ray tasks.
 
-Rows of length 1 make the product the cosine; ties go to the lower row. A pass is a pure function of one chunk. Its
-results come in the order of the chunks, so that any number of workers computes the same bits.
+For rows of length 1 the product is the cosine. Ties go to the lower row. A scan applies a pure function to each chunk.
+Its results come in the order of the chunks, so that any number of workers computes the same bits.
 """
 
 from collections import deque
@@ -29,17 +29,23 @@ _TASKS_PER_CORE = 2  # one running, one waiting
 class KBest:
     """The K best candidates of each of N rows, which may come in any order.
 
-    Of equal scores the lower number is better. A score of -inf is that of no candidate. Memory: 8 K bytes per row, and
-    a few copies of what is added.
+    If scores are equal, the lower number is better. A score of -inf means that there is no candidate. Memory: 8 K bytes
+    per row, and a few copies of the added candidates.
 
     Args:
         num_rows: N.
         k: K, at least 1.
-        num_candidates: if a candidate may come twice to a row, the largest number of one plus 1.
+        num_candidates: the largest candidate number plus 1. Needed if a candidate may come twice to a row.
 
     Attributes:
-        numbers: (N, K) int32, best first; -1 where there are fewer.
-        scores: (N, K) float32; -inf where there are fewer.
+        numbers: (N, K) int32, best first, -1 in place of missing candidates.
+        scores: (N, K) float32, -inf in place of missing candidates.
+
+    Example:
+        >>> best = KBest(num_rows=1, k=2)
+        >>> best.add(np.array([0, 0, 0]), np.array([7, 8, 9]), np.float32([0.1, 0.9, 0.5]))
+        >>> best.numbers.tolist()
+        [[8, 9]]
     """
 
     def __init__(self, num_rows: int, k: int, num_candidates: int | None = None) -> None:
@@ -49,7 +55,7 @@ class KBest:
         self._columns: Array | None = None if num_candidates is None else np.full(num_candidates + 1, -1, np.int32)
 
     def add(self, rows_M: Ints, numbers_M: Ints, scores_M: Floats) -> None:
-        """Add candidates of some rows, each of which comes only once."""
+        """Add candidates of some rows. Each candidate of a row comes only once."""
         candidates = np.flatnonzero(scores_M >= self.scores[rows_M, -1])
         candidates = candidates[np.argsort(rows_M[candidates], kind="stable")]
         rows_U, place_M = np.unique(rows_M[candidates], return_inverse=True)
@@ -63,13 +69,14 @@ class KBest:
         if self._columns is not None:
             self._leave_out_listed(self._columns, rows_U, numbers_R, scores_UR)
 
+        # Flat positions are cheaper to find than rows and columns.
         flat = np.flatnonzero(self._is_candidate(rows_U, scores_UR))
         place_M = flat // len(numbers_R)
         column_M = flat - place_M * len(numbers_R)
         self._merge(rows_U, place_M, numbers_R[column_M], scores_UR.ravel()[flat])
 
     def _leave_out_listed(self, columns: Array, rows_U: Ints, numbers_R: Ints, scores_UR: Floats) -> None:
-        """Lower the scores of candidates that are listed already below all others."""
+        """Set the scores of candidates that are already listed to -inf."""
         columns[numbers_R] = np.arange(len(numbers_R))
         columns_UK = columns[self.numbers[rows_U]]
         columns[numbers_R] = -1
@@ -77,7 +84,7 @@ class KBest:
         scores_UR[row, columns_UK[row, listed]] = -np.inf
 
     def _is_candidate(self, rows_U: Ints, scores_UR: Floats) -> Bools:
-        """Return which candidates may be among the K best: of many in a row, the best K of the row."""
+        """Return whether each candidate may be among the K best. If a row has many, only its best K may be."""
         k = self.scores.shape[1]
         is_candidate_UR: Bools = scores_UR >= self.scores[rows_U, -1:]
         many = np.flatnonzero(np.count_nonzero(is_candidate_UR, axis=1) > _FEW * k)
@@ -87,12 +94,13 @@ class KBest:
         return is_candidate_UR
 
     def _merge(self, rows_U: Ints, place_M: Ints, numbers_M: Ints, scores_M: Floats) -> None:
-        """Sort candidates into the lists of some rows, given the place of each one's row, ascending.
+        """Sort candidates into the lists of some rows. `place_M` is the place of each one's row, ascending.
 
-        The list of a row and its candidates are a row of sort keys, of which the K largest are kept.
+        The list of a row and its candidates form a row of sort keys. The K largest keys are kept.
         """
         if not len(place_M):
             return
+
         k = self.scores.shape[1]
         counts_U = np.bincount(place_M, minlength=len(rows_U))
         column_M = k + np.arange(len(place_M)) - (np.cumsum(counts_U) - counts_U)[place_M]
@@ -120,15 +128,16 @@ def knn(
     Memory: the inputs, four times the products of 1,024 queries with 4,096 candidates or a block, and the result.
 
     Args:
-        candidates: (C, P) rows, or blocks of them, which are counted across blocks.
+        queries_QP: vectors of the queries.
+        candidates: (C, P) rows, or an iterable of blocks of them, whose rows are counted across blocks.
         k: number of candidates per query.
-        own: (Q,) candidate that each query is, which is not its own neighbor.
-        groups: (Q,) and (C,) groups of queries and candidates; one of the query's own group is no neighbor.
+        own: (Q,) candidate that is the query itself, and so not its neighbor.
+        groups: (Q,) and (C,) groups of queries and candidates. A candidate of the query's group is not a neighbor.
         products: computes dot products, perhaps on a GPU.
 
     Returns:
-        (Q, K) int64 rows of candidates, best first, -1 where there are fewer, and (Q, K) float32 their similarities,
-        -inf where there are fewer.
+        (Q, K) int64 rows of candidates, best first, and (Q, K) float32 similarities. If there are fewer than K
+        candidates, the last rows are -1 and their similarities -inf.
 
     Example:
         >>> eye = np.eye(3, dtype=np.float32)
@@ -141,11 +150,14 @@ def knn(
         numbers = np.arange(start, start + len(block_CP))
         for tile in blocks(len(queries_QP), _TILE):
             sims_TC = products(queries_QP[tile], block_CP)
+
+            # A candidate of similarity -inf is never a neighbor.
             if own is not None:
                 here = np.flatnonzero((own[tile] >= start) & (own[tile] < start + len(block_CP)))
                 sims_TC[here, own[tile][here] - start] = -np.inf
             if groups is not None:
                 sims_TC[groups[0][tile, None] == groups[1][numbers]] = -np.inf
+
             best.add_block(np.arange(tile.start, tile.stop), numbers, sims_TC)
         start += len(block_CP)
     return best.numbers.astype(np.int64), best.scores
@@ -164,8 +176,8 @@ def knn_of_blocks(
 ) -> tuple[Ints, Floats]:
     """Find the k candidates with the largest dot product, given blocks of the rows and vectors of candidates.
 
-    The result is that of `knn` with these rows, ascending within and across blocks, and has fewer columns if there are
-    fewer candidates. Memory: as of `knn`, and 8 bytes per candidate.
+    Rows ascend within and across blocks. The result equals `knn` with these rows, but has fewer columns if there are
+    fewer candidates. Memory: as in `knn`, and 8 bytes per candidate.
     """
     rows: list[Ints] = [np.empty(0, np.int64)]
 
@@ -180,7 +192,7 @@ def knn_of_blocks(
 
 
 class StoredVectors(Protocol):
-    """Vectors of length 1 of N rows, which are read in chunks. Several threads may read, and other processes."""
+    """Vectors of length 1 of N rows, which are read in chunks. Several threads and processes may read."""
 
     @property
     def rows(self) -> Ints:
@@ -199,11 +211,11 @@ class StoredVectors(Protocol):
 
     @property
     def unit(self) -> str:
-        """What the rows are, such as `images`."""
+        """Name of the rows, such as `images`."""
         ...
 
     def chunk(self, number: int) -> tuple[Ints, Floats]:
-        """Read one chunk: rows (B,), ascending also from chunk to chunk, and vectors (B, P). Both may be empty."""
+        """Read one chunk: rows (B,) and vectors (B, P). Rows ascend, also across chunks. Both may be empty."""
         ...
 
     def read(self, rows: Ints) -> Floats:
@@ -222,9 +234,9 @@ def scan(
 ) -> Iterator[Result]:
     """Iterate over the results of a function of the rows and vectors of each chunk, one chunk per core at a time.
 
-    With the engine `ray`, all machines must see the cache and the run; without an address, the connected cluster is
-    used, or a new one on this machine. Memory: per core, a chunk, what the function needs for it, and two results. With
-    Ray the chunks are in its workers, the results here, in arrays that must not be written into.
+    With the engine `ray`, all machines must see the cache and the run. Without an address, the connected cluster is
+    used, or a new one on this machine. Memory per core: a chunk, the memory of the function, and two results. With Ray,
+    chunks are in the memory of its workers and results in ours, as read-only arrays.
 
     Raises:
         MissingExtraError: Ray is not installed.
@@ -240,7 +252,7 @@ def scan(
 
 
 def _scan_here(vectors: StoredVectors, compute: Compute[Result]) -> Iterator[tuple[int, Result]]:
-    """Compute one chunk per core; BLAS uses one thread per product."""
+    """Compute one chunk per core. BLAS uses one thread per product."""
     announce_device("cpu")
     cores = num_cores()
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(cores, "scan") as pool:
@@ -255,15 +267,16 @@ def _process(vectors: StoredVectors, compute: Compute[Result], chunk: int) -> tu
 
 
 def _scan_on_ray(vectors: StoredVectors, compute: Compute[Result], address: str | None) -> Iterator[tuple[int, Result]]:
-    """Compute the chunks as Ray tasks; Ray repeats a task whose machine is lost."""
+    """Compute the chunks as Ray tasks. Ray repeats a task whose machine is lost."""
     with connected(address) as ray:
-        shared = ray.put(vectors), ray.put(compute)
+        shared = (ray.put(vectors), ray.put(compute))
         task = ray.remote(num_cpus=1, max_retries=-1)(_process)
         cores = int(ray.cluster_resources().get("CPU", 1))
         yield from _in_order(lambda chunk: task.remote(*shared, chunk), ray.get, vectors.num_chunks, cores)
 
 
 def _in_order(start: Callable[[int], Any], wait: Callable[[Any], Any], num_chunks: int, cores: int) -> Iterator[Any]:
+    # A few tasks beyond the running ones keep the cores busy, without all results waiting in memory.
     running: deque[Any] = deque()
     for chunk in range(num_chunks):
         running.append(start(chunk))

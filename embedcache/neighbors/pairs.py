@@ -1,9 +1,9 @@
-"""Pairs of near vectors: clusters, the tiles of cosines within them and across near borders, and collectors of tiles.
+"""Find pairs of near vectors by clusters, tiles of cosines within them and across near borders, and collectors.
 
-After "SemDeDup: Data-efficient learning at web-scale through semantic deduplication", Abbas et al. 2023: k-means, then
-all pairs within each cluster, which misses the pairs that a border between clusters separates. Here an item is also
-compared with the members of the clusters whose border is nearest to it. A sample of items measures how many of the true
-pairs were found.
+"SemDeDup: Data-efficient learning at web-scale through semantic deduplication" (Abbas et al. 2023) runs k-means and
+compares all pairs within each cluster. It misses the pairs that a border between clusters separates. Here an item is
+also compared with the members of the clusters whose border is nearest to it. A sample of items measures the fraction of
+true pairs that were found.
 """
 
 import copy
@@ -35,7 +35,7 @@ _TRAINING_PER_CLUSTER = 40  # FAISS asks for 39 at least
 _BORDER_ROUNDING = 1e-4
 _MIN_SQUARED_DISTANCE = 1e-6  # nearer centroids count as this far apart, so that their border is crossed
 NOT_COMPARED = np.float32(-2)
-"""In place of the largest cosine of an item to another, of an item that was compared with none."""
+"""Largest cosine of an item that was compared with no other item."""
 
 _ALMOST_ONE = 1 - 1e-5  # equal vectors reach this in spite of rounding
 _ROUNDING = 1e-6  # two ways of summing one cosine in float32
@@ -45,11 +45,13 @@ _NUM_PROBES = 1000
 def spherical_means(vectors_NP: Floats, num_clusters: int, *, seed: int, progress: Progress | None = None) -> Floats:
     """Cluster rows of length 1 by k-means with cosines: (K, P) float32 centroids of length 1, K at most N.
 
-    Ten iterations from random rows; a cluster that loses all its rows keeps its centroid. Memory: a tile of
+    It runs ten iterations from random rows. A cluster that loses all its rows keeps its centroid. Memory: a tile of
     similarities.
     """
     chosen = np.random.default_rng(seed).choice(len(vectors_NP), min(num_clusters, len(vectors_NP)), replace=False)
     centroids_KP = vectors_NP[np.sort(chosen)]
+
+    # Sums over the members of each cluster are one sparse product.
     progress = progress or NullProgress()
     progress.start(f"finding {len(centroids_KP):,} clusters", _ITERATIONS, "iterations")
     for _ in range(_ITERATIONS):
@@ -71,8 +73,8 @@ class Clusters:
 
     centroids: Floats  # (K, P)
     numbers: Array  # (N,) int32, the nearest centroid of each item
-    visits: Array  # (N, V) int32, other clusters that may hold a near-duplicate, the nearest border first; K: no more
-    complete: float  # fraction of items that visit every cluster that may hold one; 1 means that no pair is missing
+    visits: Array  # (N, V) int32, other clusters that may have a near-duplicate, the nearest border first, then K
+    complete: float  # fraction of items that visit every cluster that may have one; 1 means that no pair is missing
 
 
 def find_clusters(
@@ -90,19 +92,21 @@ def find_clusters(
 
     The border of two clusters with centroids a and b is the plane of the points x with x · a = x · b. An item x in the
     cluster of a is x · (a - b) / |a - b| away from it. The arc between two items of length 1, one on each side, crosses
-    the border: if their angle is at most θ, neither is further than sin θ from it. So only clusters whose border is
-    that near can hold an item with a cosine of at least cos θ to x. In many dimensions nearly all borders are that
-    near. Only the 16 nearest are crossed, and what that misses must be measured.
+    the border. If their angle is at most θ, neither is further than sin θ from it. So only clusters whose border is
+    that near can have an item with a cosine of at least cos θ to x. In many dimensions nearly all borders are that
+    near. Only the 16 nearest are crossed, so the missed pairs must be measured.
 
     Memory: 40 vectors per cluster, and 80 bytes per item.
 
     Args:
         vectors: the items.
-        cosine: cos θ, the cosine of near-duplicates; below 0 it counts as 0.
-        all_pairs: all items are one cluster.
-        fit: k-means, as `spherical_means`.
-        seed: of the items drawn for k-means, and of k-means.
-        engine: as of `scan`, like `address`.
+        cosine: cos θ, the cosine of near-duplicates. A negative one counts as 0.
+        all_pairs: put all items into one cluster.
+        fit: k-means, such as `spherical_means`.
+        seed: random seed of the items drawn for k-means, and of k-means.
+        engine: see `scan`.
+        address: see `scan`.
+        progress: progress in items.
     """
     rows = vectors.rows
     if all_pairs:
@@ -112,16 +116,19 @@ def find_clusters(
             visits=np.empty((len(rows), 0), np.int32),
             complete=1.0,
         )
+
+    # The vectors are read through a copy, so that its maps of the whole feature are freed.
     num_clusters = round(2 * math.sqrt(len(rows)))
-    drawn = np.sort(np.random.default_rng(seed).permutation(rows)[: _TRAINING_PER_CLUSTER * num_clusters])
-    training_SP = copy.copy(vectors).read(drawn)  # a copy, so that its maps of the whole feature are freed
-    centroids_KP = fit(training_SP, min(num_clusters, len(drawn)), seed=seed, progress=progress)
+    training_rows = np.sort(np.random.default_rng(seed).permutation(rows)[: _TRAINING_PER_CLUSTER * num_clusters])
+    training_SP = copy.copy(vectors).read(training_rows)
+    centroids_KP = fit(training_SP, min(num_clusters, len(training_rows)), seed=seed, progress=progress)
     del training_SP
 
     num_visits = min(MAX_VISITS, len(centroids_KP) - 1)
     numbers_N = np.empty(len(rows), np.int32)
     visits_NV = np.empty((len(rows), num_visits), np.int32)
     num_complete = 0
+
     farthest = math.sqrt(1 - max(cosine, 0.0) ** 2) + _BORDER_ROUNDING
     assign = partial(_assign, centroids_KP, _inverse_distances(centroids_KP), farthest, num_visits)
     title = f"assigning {vectors.unit} to {len(centroids_KP):,} clusters"
@@ -131,6 +138,7 @@ def find_clusters(
         items_B = np.searchsorted(rows, rows_B)
         numbers_N[items_B], visits_NV[items_B] = assigned
         num_complete += int(is_complete_B.sum())
+
     complete = num_complete / len(rows)
     return Clusters(centroids=centroids_KP, numbers=numbers_N, visits=visits_NV, complete=complete)
 
@@ -142,19 +150,23 @@ def _assign(
 
     Args:
         centroids_KP: centroids.
-        inverse_KK: 1 / |a - b| of all pairs of them.
-        farthest: distance of the farthest border that is near.
+        inverse_KK: 1 / |a - b| of all pairs of centroids.
+        farthest: largest distance of a near border.
         num_visits: largest number of other clusters that an item visits.
+        rows_B: rows of the items.
+        vectors_BP: vectors of the items.
     """
     cosines_BK = vectors_BP @ centroids_KP.T
     items = np.arange(len(rows_B))
     clusters_B = cosines_BK.argmax(axis=1)
     cosines_B = cosines_BK[items, clusters_B]
+
+    # Distances to the borders overwrite the cosines to save memory.
     borders_BK = np.subtract(cosines_B[:, None], cosines_BK, out=cosines_BK)
     borders_BK *= inverse_KK[clusters_B]
     borders_BK[items, clusters_B] = np.inf
 
-    # One more than is visited: if that one is far, all near ones are visited.
+    # One more border than is visited: if it is far, all near clusters are visited.
     nearest_BV = np.argpartition(borders_BK, num_visits, axis=1)[:, : num_visits + 1]
     distances_BV = np.take_along_axis(borders_BK, nearest_BV, axis=1)
     order_BV = np.argsort(distances_BV, axis=1, kind="stable")
@@ -181,7 +193,7 @@ class CosineTile:
 
     left: Ints  # (B,) numbers of items
     right: Ints  # (R,) numbers of items
-    cosines: Floats  # (B, R); who receives it may change it
+    cosines: Floats  # (B, R), which the receiver may change
     is_diagonal: bool = False  # whether both are the same items; otherwise they have none in common
 
 
@@ -194,13 +206,13 @@ class Arranged:
     positions: Ints  # (N,) position of each item
     starts: Ints  # (K + 1,) position where each cluster begins
     visitors: Array  # items, by the cluster that they visit
-    visitor_starts: Ints  # (K + 1,) where in `visitors` each cluster's begin
+    visitor_starts: Ints  # (K + 1,) place in `visitors` where each cluster begins
     clusters: Clusters
-    unit: str  # what the items are
+    unit: str  # name of the items, such as `images`
 
     @property
     def num_clusters(self) -> int:
-        """Number of clusters; 1 if all pairs are compared."""
+        """Number of clusters, which is 1 if all pairs are compared."""
         return len(self.clusters.centroids)
 
     def read(self, positions: Ints | slice) -> Floats:
@@ -215,12 +227,16 @@ class Arranged:
         progress.start(f"comparing {self.unit}", len(self.items), "items")
         for cluster in range(self.num_clusters):
             members = np.arange(self.starts[cluster], self.starts[cluster + 1])
+
+            # Members with themselves, and with later members, so that each pair comes once.
             for block in blocks(len(members), BLOCK):
                 left_BP = self.read(slice(members[block][0], members[block][-1] + 1))
                 left = self.items[members[block]]
                 yield CosineTile(left=left, right=left, cosines=products(left_BP, left_BP), is_diagonal=True)
                 yield from self._tiles_across(left, left_BP, members[block.stop :], products)
                 progress.advance(len(left))
+
+            # Visitors are sorted by position, as consecutive reads are faster.
             visitors = np.sort(self.positions[self._visitors(cluster)])
             for block in blocks(len(visitors) if len(members) else 0, BLOCK):
                 left_BP = self.read(visitors[block])
@@ -231,31 +247,33 @@ class Arranged:
         return self.visitors[self.visitor_starts[cluster] : self.visitor_starts[cluster + 1]]
 
     def _tiles_across(self, left: Ints, left_BP: Floats, members: Ints, products: Products) -> Iterator[CosineTile]:
-        """Compare some items with those at consecutive positions."""
+        """Compare some items with the items at consecutive positions."""
         for block in blocks(len(members), BLOCK):
             right = members[block]
             right_BP = self.read(slice(right[0], right[-1] + 1))
             yield CosineTile(left=left, right=self.items[right], cosines=products(left_BP, right_BP))
 
     def tiles_with(self, others_BP: Floats, products: Products = dot_products) -> Iterator[CosineTile]:
-        """Iterate over the cosines of the items of each cluster and its visitors to the others that are nearest to it.
+        """Iterate over the cosines of other vectors to the items and visitors of their nearest clusters.
 
-        The others, of length 1, are numbered from 0.
+        The other vectors, of length 1, are numbered from 0.
         """
         centroids_KP = self.clusters.centroids
         nearest = [products(others_BP[tile], centroids_KP).argmax(axis=1) for tile in blocks(len(others_BP), BLOCK)]
         clusters_B = np.concatenate(nearest)
         order_B = np.argsort(clusters_B, kind="stable")
         other_starts = np.searchsorted(clusters_B[order_B], np.arange(self.num_clusters + 1))
+
+        # Only clusters that some other vector is nearest to are read.
         for cluster in np.flatnonzero(np.diff(other_starts)).tolist():
             members = self.items[self.starts[cluster] : self.starts[cluster + 1]]
             items = np.concatenate([members, self._visitors(cluster)])
-            others = order_B[other_starts[cluster] : other_starts[cluster + 1]]
+            numbers = order_B[other_starts[cluster] : other_starts[cluster + 1]]
             for block in blocks(len(items), BLOCK):
                 left_BP = self.read(self.positions[items[block]])
-                for part in blocks(len(others), BLOCK):
-                    cosines = products(left_BP, others_BP[others[part]])
-                    yield CosineTile(left=items[block], right=others[part], cosines=cosines)
+                for part in blocks(len(numbers), BLOCK):
+                    cosines = products(left_BP, others_BP[numbers[part]])
+                    yield CosineTile(left=items[block], right=numbers[part], cosines=cosines)
 
 
 @contextmanager
@@ -270,10 +288,11 @@ def arrange(
     Args:
         vectors: the items.
         clusters: their clusters.
-        scratch: folder of the scratch file; None: the system's for temporary files.
+        scratch: folder of the scratch file. If None, use the system's folder for temporary files.
+        progress: progress in items.
 
     Raises:
-        PathError, DiskFullError: as of `scratch_matrix`.
+        PathError, DiskFullError: see `scratch_matrix`.
     """
     count = len(vectors.rows)
     num_clusters = len(clusters.centroids)
@@ -281,6 +300,8 @@ def arrange(
     positions = np.empty(count, np.int64)
     positions[items] = np.arange(count)
     visitors, visitor_starts = _sort_visits(clusters)
+
+    # Clusters are compared approximately anyway, so that float16 may halve the scratch space.
     dtype = np.float32 if num_clusters == 1 else np.float16
     with scratch_matrix(scratch, (count, vectors.width), dtype) as matrix_NP:
         progress.start(f"sorting {vectors.unit}", count, "items")
@@ -302,41 +323,45 @@ def arrange(
 
 
 def _sort_visits(clusters: Clusters) -> tuple[Array, Array]:
-    """Sort items by the cluster that they visit: (V,) int32, and where each cluster's begin."""
+    """Sort items by the cluster that they visit: (V,) int32. Also return the place where each cluster begins."""
     num_items, num_visits = clusters.visits.shape
-    visited = clusters.visits.ravel()
-    by_item = (np.ones(len(visited), bool), visited, np.arange(num_items + 1) * num_visits)
-    shape = (num_items, len(clusters.centroids) + 1)  # the last column is that of no cluster
+    numbers = clusters.visits.ravel()
+    by_item = (np.ones(len(numbers), bool), numbers, np.arange(num_items + 1) * num_visits)
+    shape = (num_items, len(clusters.centroids) + 1)  # the last column stands for no cluster
     by_cluster = scipy.sparse.csr_array(by_item, shape=shape).tocsc()
     return by_cluster.indices, by_cluster.indptr
 
 
 @contextmanager
 def scratch_matrix(scratch: Path | str | None, shape: tuple[int, int], dtype: npt.DTypeLike) -> Iterator[Array]:
-    """Create a matrix in an unnamed file, which vanishes even if the process is killed; its space is allocated at once.
+    """Create a matrix in an unnamed file, which vanishes even if the process is killed.
 
-    It is in the folder `scratch`, or, if that is None, in the system's for temporary files. Raises `PathError` if the
-    folder does not exist, and `DiskFullError` if the matrix does not fit.
+    The file is in the folder `scratch` or, if that is None, in the system's folder for temporary files. Its whole space
+    is allocated immediately. Raises `PathError` if the folder does not exist, and `DiskFullError` if the matrix does
+    not fit.
     """
     folder = Path(scratch or tempfile.gettempdir())
     if not folder.is_dir():
         raise PathError(
             f"scratch: expected an existing folder, got {folder}; create it, or give another with --scratch"
         )
-    needed = shape[0] * shape[1] * np.dtype(dtype).itemsize
+
+    num_bytes = shape[0] * shape[1] * np.dtype(dtype).itemsize
     free = shutil.disk_usage(folder).free
-    if needed > free:
+    if num_bytes > free:
         raise DiskFullError(
-            f"comparing {shape[0]:,} vectors needs {needed / 1e9:.1f} GB in {folder}, which has {free / 1e9:.1f} GB "
+            f"comparing {shape[0]:,} vectors needs {num_bytes / 1e9:.1f} GB in {folder}, which has {free / 1e9:.1f} GB "
             "free; free some, or give another folder with --scratch"
         )
+
+    # A hole in the file that cannot be filled later would be a SIGBUS.
     with writing(folder), tempfile.TemporaryFile(dir=folder) as file:
-        os.posix_fallocate(file.fileno(), 0, max(1, needed))  # a hole that cannot be filled later would be a SIGBUS
+        os.posix_fallocate(file.fileno(), 0, max(1, num_bytes))
         yield np.memmap(file, dtype, "r+", shape=shape)
 
 
 def cosine_limit(cosine: float) -> np.float32:
-    """Return the number that float32 cosines are compared with; for 1 it leaves room for rounding."""
+    """Return the number that float32 cosines are compared with. It is slightly below 1 for 1, to allow for rounding."""
     return np.float32(cosine if np.isinf(cosine) else min(cosine, _ALMOST_ONE))
 
 
@@ -356,18 +381,21 @@ class PairCollector:
 
     @property
     def limit(self) -> float:
-        """Cosine from which all pairs were kept; infinite if even the last level has too many."""
+        """Cosine from which on all pairs were kept, infinite if even the last level has too many."""
         return self._levels[0]
 
     def add(self, tile: CosineTile) -> None:
-        """Add the pairs of a tile; an item's cosine to itself does not count."""
+        """Add the pairs of a tile. An item's cosine to itself does not count."""
         if tile.is_diagonal:
             np.fill_diagonal(tile.cosines, NOT_COMPARED)
+
         highest_B = tile.cosines.max(axis=1, initial=NOT_COMPARED)
         self.highest[tile.left] = np.maximum(self.highest[tile.left], highest_B)
         if not tile.is_diagonal:
             highest_R = tile.cosines.max(axis=0, initial=NOT_COMPARED)
             self.highest[tile.right] = np.maximum(self.highest[tile.right], highest_R)
+
+        # Most rows have no near pair, so only the others are searched.
         rows = np.flatnonzero(highest_B >= cosine_limit(self.limit))
         if len(rows):
             self._add_pairs(tile, rows)
@@ -376,11 +404,13 @@ class PairCollector:
         row, column = np.nonzero(tile.cosines[rows] >= cosine_limit(self.limit))
         row = rows[row]
         if tile.is_diagonal:
-            is_above = row < column
-            row = row[is_above]
-            column = column[is_above]
+            is_first = row < column
+            row = row[is_first]
+            column = column[is_first]
+
         self._keys.append(pair_keys(tile.left[row], tile.right[column], len(self.highest)))
         self._cosines.append(tile.cosines[row, column])
+
         while sum(map(len, self._keys)) > self._max_pairs:
             self._levels = self._levels[1:]
             masks = [cosines >= cosine_limit(self.limit) for cosines in self._cosines]
@@ -388,26 +418,26 @@ class PairCollector:
             self._cosines = [cosines[mask] for cosines, mask in zip(self._cosines, masks, strict=True)]
 
     def pairs(self) -> tuple[Ints, Ints, Floats]:
-        """Return all pairs once: items, the lower one first and sorted by both, and cosines, (L,) each."""
+        """Return all pairs once, sorted by both items: the lower items, the higher items and the cosines, (L,) each."""
         keys, first = np.unique(np.concatenate([np.empty(0, np.int64), *self._keys]), return_index=True)
         cosines = np.concatenate([np.empty(0, np.float32), *self._cosines])[first]
-        left, right = np.divmod(keys, len(self.highest))
-        return left, right, cosines
+        lower_L, upper_L = np.divmod(keys, len(self.highest))
+        return lower_L, upper_L, cosines
 
 
 def pair_keys(left: Ints, right: Ints, num_items: int) -> Ints:
-    """Return a number of each pair of items, which does not depend on their order."""
+    """Return a number for each pair of items, which does not depend on their order."""
     return np.minimum(left, right) * num_items + np.maximum(left, right)
 
 
 class NeighborCollector:
-    """Collector of each item's K most similar others, in `best`, from tiles that may hold a pair more than once."""
+    """Collector of each item's K most similar others, in `best`, from tiles that may repeat a pair."""
 
     def __init__(self, num_items: int, k: int) -> None:
         self.best = KBest(num_items, k, num_candidates=num_items)
 
     def add(self, tile: CosineTile) -> None:
-        """Add the pairs of a tile; an item is not its own neighbor."""
+        """Add the pairs of a tile. An item is not its own neighbor."""
         if tile.is_diagonal:
             np.fill_diagonal(tile.cosines, -np.inf)
         self.best.add_block(tile.left, tile.right, tile.cosines)
@@ -421,9 +451,9 @@ class GroupCollector:
     Memory: about 30 bytes per node.
 
     Args:
-        groups: (S,) group of each node so far, from 0; pairs only merge groups.
+        groups: (S,) group of each node so far, from 0. Pairs only merge groups.
         nodes: (N,) node of each item.
-        cosine: pairs above it are near.
+        cosine: pairs above this cosine are near.
     """
 
     def __init__(self, groups: Ints, nodes: Ints, cosine: float) -> None:
@@ -434,13 +464,15 @@ class GroupCollector:
         self._num_edges = 0
 
     def add(self, tile: CosineTile) -> bool:
-        """Add the pairs of a tile, and return whether groups were merged; see `groups`.
+        """Add the pairs of a tile, and return whether groups were merged.
 
-        Of the components within a tile at most one edge per item is kept, and those only until they are many.
+        At most one edge per item of a tile is kept. The edges of all tiles are merged when there are many.
         """
         row, column = np.nonzero(tile.cosines > self._cosine)
         if not len(row):
             return False
+
+        # One edge from each item to the first of its component connects the same items as all pairs.
         groups = self._groups[self._nodes[np.concatenate([tile.left, tile.right])]]
         component = components(row, column + len(tile.left), len(groups))
         first = np.empty(len(groups), np.int64)
@@ -448,6 +480,7 @@ class GroupCollector:
         is_edge = first[component] != groups
         self._edges.append((groups[is_edge], first[component][is_edge]))
         self._num_edges += len(self._edges[-1][0])
+
         if self._num_edges <= len(self._groups) // 8:
             return False
         self.merge()
@@ -456,8 +489,9 @@ class GroupCollector:
     def merge(self) -> Ints:
         """Merge the groups of the edges so far, and return the group of each node: (S,) int64."""
         if self._num_edges:
-            left, right = (np.concatenate(ends) for ends in zip(*self._edges, strict=True))
-            self._groups = components(left, right, int(self._groups.max()) + 1)[self._groups]
+            ends, first_ends = zip(*self._edges, strict=True)
+            num_groups = int(self._groups.max()) + 1
+            self._groups = components(np.concatenate(ends), np.concatenate(first_ends), num_groups)[self._groups]
             self._edges = []
             self._num_edges = 0
         return self._groups
@@ -473,15 +507,20 @@ def components(left: Ints, right: Ints, size: int) -> Ints:
 
 @dataclass(frozen=True, kw_only=True)
 class Recall:
-    """Pairs that were found, among all pairs above the limit that hold a drawn item."""
+    """Number of found pairs among all pairs above the limit with a drawn item.
 
-    num_items: int  # drawn and compared with all
+    Example:
+        >>> Recall(num_items=1_000, num_pairs=40, num_found=39).value
+        0.975
+    """
+
+    num_items: int  # drawn items, which are compared with all
     num_pairs: int  # true pairs above the limit
     num_found: int
 
     @property
     def value(self) -> float | None:
-        """Fraction of the pairs that was found; None if there was none."""
+        """Fraction of the pairs that were found, None if there are no pairs."""
         return self.num_found / self.num_pairs if self.num_pairs else None
 
     def to_json(self) -> dict[str, float | None]:
@@ -495,38 +534,48 @@ def measure_recall(
     """Compare random items with all, and count how many of their pairs of at least a cosine were found.
 
     Args:
-        arranged: the items; if all pairs were compared, there is nothing to measure.
+        arranged: the items. If all pairs were compared, there is nothing to measure.
         cosine: limit of the pairs.
-        is_found: returns which pairs of items, two (M,) of item numbers, were found.
-        seed: of the drawn items.
+        is_found: function of two (M,) arrays of item numbers that returns whether each pair was found.
+        seed: random seed of the drawn items.
+        progress: progress in items.
     """
     if arranged.num_clusters == 1:
         return None
+
     probes = draw_probes(np.arange(len(arranged.items)), seed)
     probes_QP = arranged.read(probes)
     is_probe_N = np.zeros(len(arranged.items), bool)
     is_probe_N[probes] = True
+
+    # A cosine within rounding of the limit may lie on either side, so it is not counted.
     num_pairs = num_found = 0
     parts = blocks(len(arranged.items), BLOCK)
     for block in watch(parts, progress, f"measuring the recall of {arranged.unit}", len(arranged.items), "items"):
-        query, other = np.nonzero(probes_QP @ arranged.read(block).T >= cosine_limit(cosine) + _ROUNDING)
-        left = probes[query]
-        right = other + block.start
-        is_pair = (right > left) | ((right < left) & ~is_probe_N[right])  # a pair of two probes counts once
+        query, column = np.nonzero(probes_QP @ arranged.read(block).T >= cosine_limit(cosine) + _ROUNDING)
+        first = probes[query]
+        second = column + block.start
+        is_pair = (second > first) | ((second < first) & ~is_probe_N[second])  # a pair of two probes counts once
         num_pairs += int(is_pair.sum())
-        num_found += int(is_found(arranged.items[left[is_pair]], arranged.items[right[is_pair]]).sum())
+        num_found += int(is_found(arranged.items[first[is_pair]], arranged.items[second[is_pair]]).sum())
+
     return Recall(num_items=len(probes), num_pairs=num_pairs, num_found=num_found)
 
 
 def measure_neighbor_recall(arranged: Arranged, best: KBest, *, seed: int, progress: Progress) -> Recall | None:
-    """Compare random items with all, and count how many of their nearest neighbors were found, or ones as near."""
+    """Compare random items with all, and count the nearest neighbors that were found.
+
+    A neighbor of the same cosine also counts.
+    """
     if arranged.num_clusters == 1:
         return None
+
     probes = draw_probes(np.arange(len(arranged.items)), seed)
     title = f"measuring the recall of {arranged.unit}"
     parts = watch(blocks(len(arranged.items), BLOCK), progress, title, len(arranged.items), "items")
     k = best.scores.shape[1]
     true_QK, cosines_QK = knn(arranged.read(probes), map(arranged.read, parts), k, own=probes)
+
     items = arranged.items[probes]
     is_found_QK = (best.numbers[items][:, None, :] == arranged.items[true_QK][:, :, None]).any(axis=2)
     is_found_QK |= cosines_QK <= best.scores[items][:, -1:] + _ROUNDING  # another one of the same cosine
@@ -534,5 +583,5 @@ def measure_neighbor_recall(arranged: Arranged, best: KBest, *, seed: int, progr
 
 
 def draw_probes(numbers: Ints, seed: int) -> Ints:
-    """Draw 1,000 of some numbers, or all if there are fewer: ascending."""
+    """Draw 1,000 of the numbers, or all if there are fewer, in ascending order."""
     return np.sort(np.random.default_rng(seed).permutation(numbers)[:_NUM_PROBES])
