@@ -98,6 +98,8 @@ def _draw_samples(cache: Cache, features: Sequence[Sequence[InputFeature]], sett
     pairs = pair_items([cache], features[0][:1], features[1][:1], language=settings.language)
     first = _with_all(pairs.first, features[0])
     second = _with_all(pairs.second, features[1])
+
+    # All pairs of features are compared on the same samples, or their metrics could not be ranked.
     samples = np.intersect1d(distinct(first.samples), distinct(second.samples), assume_unique=True)
     if settings.selection is not None:
         samples = np.intersect1d(samples, read_selection(settings.selection, [cache]), assume_unique=True)
@@ -326,6 +328,8 @@ def evaluate_pairs(
     first, second = names
     first_features, first_skipped = _open_features(cache, first, names[first])
     second_features, second_skipped = _open_features(cache, second, names[second])
+
+    # Features that are left out are named before the work starts.
     skipped = first_skipped + second_skipped
     for line in skipped:
         progress.note(line)

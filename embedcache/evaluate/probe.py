@@ -256,6 +256,7 @@ def _score(name: str, fit: Fit, data: LabeledFeature, progress: Progress) -> Sco
     clusters = data.groups[rows]
     ranks_Q = _ranks(fitted, test)
     progress.advance(1)
+
     return Score(
         method=name,
         accuracy=bootstrap_mean(ranks_Q == 1, clusters),
@@ -292,6 +293,7 @@ def _repeat(
     fit_draw: Callable[[int], Classifier], data: LabeledFeature, settings: ProbeSettings, progress: Progress
 ) -> tuple[Estimate, list[float]]:
     """Compute the accuracy over draws, with an interval over draws and groups, and the accuracy of each draw."""
+    # All draws are measured on the same items, so that their interval can be over draws and groups.
     rows = data.rows("test")
     test = data.examples.take(rows)
     is_right_RQ = np.empty((settings.draws, len(test.labels)), bool)
@@ -317,6 +319,7 @@ def shuffle_labels(data: LabeledFeature, *, seed: Sequence[int]) -> Ints:
 
 def draw_shots(labels_M: Ints, rows: Ints, shots: int, *, seed: Sequence[int]) -> Ints:
     """Draw some rows of each class, ascending by class. With the same seed, fewer shots are a subset of more shots."""
+    # Each class keeps the shuffled order, so that more shots only add rows.
     shuffled = np.random.default_rng(seed).permutation(rows)
     ordered = shuffled[np.argsort(labels_M[shuffled], kind="stable")]
     _, starts = np.unique(labels_M[ordered], return_index=True)

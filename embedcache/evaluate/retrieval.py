@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from embedcache.options import RetrievalOptions
 
 KS = (1, 5, 10)
+_RECALLS = {f"r@{k}": k for k in KS}
 _MAX_K = 100
 
 
@@ -222,16 +223,26 @@ def evaluate_retrieval(
     runs = load_runs(run, is_control=is_control, device=settings.device)
     rankings = [rank(cache, run, settings, progress=progress) for run in runs]
     first = rankings[0]
-    both = directions(first.modalities)
 
-    recalls = {direction: _recalls(rankings, direction) for direction in both}
+    recalls = {}
+    rank_metrics = {}
+    curves = {}
+    chances = {}
     over_runs = {}
-    if len(runs) > 1:
-        over_runs = {direction: _over_seeds(rankings, direction, recalls[direction]) for direction in both}
+    for direction in directions(first.modalities):
+        recalls[direction] = _recalls(rankings, direction)
+        rank_metrics[direction] = _rank_metrics(rankings, direction)
+        curves[direction] = _recall_curve(rankings, direction)
+        chances[direction] = _chances(rankings, direction)
 
+        # One run says nothing about the variance of seeds.
+        if len(runs) > 1:
+            over_runs[direction] = _over_seeds(rankings, direction, recalls[direction])
+
+    # The whole width comes last, for a table that ascends.
     by_width = {}
     for width in first.by_width:
-        by_width[width] = {direction: _recalls(rankings, direction, width) for direction in both}
+        by_width[width] = {direction: _recalls(rankings, direction, width) for direction in recalls}
     if by_width:
         by_width[first.first.shape[1]] = recalls
 
@@ -239,16 +250,16 @@ def evaluate_retrieval(
     named_samples = [(len(each.named), len(each.pairs.samples)) for each in rankings if each.named is not None]
     unnamed = {}
     if any(num_named < num_all for num_named, num_all in named_samples):
-        unnamed = {direction: _unnamed_recalls(rankings, direction) for direction in both}
+        unnamed = {direction: _unnamed_recalls(rankings, direction) for direction in recalls}
 
     num_items = ([len(ranking.first) for ranking in rankings], [len(ranking.second) for ranking in rankings])
     return RetrievalReport(
         part=first.part,
         language=ranked_language(runs[0], settings),
         recalls=recalls,
-        rank_metrics={direction: _rank_metrics(rankings, direction) for direction in both},
-        curves={direction: _recall_curve(rankings, direction) for direction in both},
-        chance={direction: _chances(rankings, direction) for direction in both},
+        rank_metrics=rank_metrics,
+        curves=curves,
+        chance=chances,
         over_seeds=over_runs,
         by_width=by_width,
         by_seed=[_mean_recall(ranking) for ranking in rankings],
@@ -285,6 +296,7 @@ def compare_retrieval(
     """
     settings = merge_settings(RetrievalSettings, settings, options)
     progress = to_progress(progress)
+
     reports = {}
     for recipe in iterate_recipes(run, control_run):
         for language in settings.language or ("",):
@@ -311,26 +323,35 @@ def _mean_recall(ranking: Ranking) -> float:
 def _recalls(rankings: Sequence[Ranking], direction: str, width: int | None = None) -> dict[str, Estimate]:
     """Estimate the recalls of all runs together. With a width, use that many components of the shared space."""
     ranks = [(ranking.ranks if width is None else ranking.by_width[width])[direction] for ranking in rankings]
-    return hit_rates(ranks, [ranking.clusters(direction) for ranking in rankings], {f"r@{k}": k for k in KS})
+    return hit_rates(ranks, _clusters(rankings, direction), _RECALLS)
+
+
+def _clusters(rankings: Sequence[Ranking], direction: str) -> list[Ints]:
+    """Return the near-duplicate group of each query of each run."""
+    return [ranking.clusters(direction) for ranking in rankings]
 
 
 def _unnamed_recalls(rankings: Sequence[Ranking], direction: str) -> dict[str, Estimate]:
     """Estimate the recalls of queries whose samples name no class of the prototypes."""
-    ranks = [ranking.ranks[direction][ranking.is_unnamed(direction)] for ranking in rankings]
-    clusters = [ranking.clusters(direction)[ranking.is_unnamed(direction)] for ranking in rankings]
-    return hit_rates(ranks, clusters, {f"r@{k}": k for k in KS})
+    ranks = []
+    clusters = []
+    for ranking in rankings:
+        is_unnamed_Q = ranking.is_unnamed(direction)
+        ranks.append(ranking.ranks[direction][is_unnamed_Q])
+        clusters.append(ranking.clusters(direction)[is_unnamed_Q])
+    return hit_rates(ranks, clusters, _RECALLS)
 
 
 def _over_seeds(rankings: Sequence[Ranking], direction: str, recalls: Mapping[str, Estimate]) -> dict[str, Estimate]:
     by_run = {}
     for k in KS:
         by_run[f"r@{k}"] = [recall_at(ranking.ranks[direction], k) for ranking in rankings]
-    return over_seeds(recalls, by_run, [ranking.clusters(direction) for ranking in rankings])
+    return over_seeds(recalls, by_run, _clusters(rankings, direction))
 
 
 def _rank_metrics(rankings: Sequence[Ranking], direction: str) -> dict[str, Estimate]:
     """Estimate mean average precision and median rank over the queries of all runs."""
-    clusters = np.concatenate([ranking.clusters(direction) for ranking in rankings])
+    clusters = np.concatenate(_clusters(rankings, direction))
     precisions_Q = np.concatenate([ranking.average_precisions[direction] for ranking in rankings])
     ranks_Q = np.concatenate([ranking.ranks[direction] for ranking in rankings])
     return {"map": bootstrap_mean(precisions_Q, clusters), "median_rank": bootstrap_median(ranks_Q, clusters)}
@@ -344,6 +365,7 @@ def _recall_curve(rankings: Sequence[Ranking], direction: str) -> list[float]:
 
 
 def _chances(rankings: Sequence[Ranking], direction: str) -> dict[str, Estimate]:
+    # Equal queries are right or wrong together, so they count as fewer independent ones.
     num_queries = sum(effective_number(ranking.sides(direction)[0].contents) for ranking in rankings)
     chances = {}
     for k in KS:
@@ -375,6 +397,8 @@ def rank(
         raise DataError(
             f"{split.part} of {cache.path}: expected samples with both features, got none; check --language and --part"
         )
+
+    # Equal items of the drawn samples get one number, by which ties and chance levels are computed.
     pairs, part = _draw_samples(pairs, split.part, settings.max_samples)
     pairs = Pairs(first=number_items(pairs.first, features[0]), second=number_items(pairs.second, features[1]))
     item_sets = [ItemSet(*side) for side in zip(features, (pairs.first, pairs.second), strict=True)]
@@ -384,6 +408,13 @@ def rank(
     vectors = [_project(run, item_set, progress) for item_set in item_sets]
     positives = pairs.positives()
     whole_counts = _count_before(run, "ranking", vectors, positives, progress)
+    ranks = {}
+    precisions = {}
+    for direction, count in whole_counts.items():
+        ranks[direction] = first_ranks(*count)
+        precisions[direction] = average_precisions(*count)
+
+    # The first components of a vector are scaled to length 1 again, so that products are cosines.
     by_width = {}
     for width in widths:
         narrow = [normalize(vectors_NP[:, :width]) for vectors_NP in vectors]
@@ -399,8 +430,8 @@ def rank(
         first=vectors[0],
         second=vectors[1],
         positives=positives,
-        ranks={direction: first_ranks(*count) for direction, count in whole_counts.items()},
-        average_precisions={direction: average_precisions(*count) for direction, count in whole_counts.items()},
+        ranks=ranks,
+        average_precisions=precisions,
         overlap=find_overlap(run, cache, dict(zip(modalities, item_sets, strict=True)), settings, progress=progress),
         by_width=by_width,
         named=_find_named(cache, run, pairs),

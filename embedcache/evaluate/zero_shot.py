@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from embedcache.options import ZeroShotOptions
 
 KS = (1, 5)
+_ACCURACIES = {f"acc{k}": k for k in KS}
 _BLOCK = 4096
 
 
@@ -209,19 +210,21 @@ def evaluate_zero_shot(
     is_right_N = np.concatenate(ranks) == 1
     predicted_N = np.concatenate([prediction.predicted[:, 0] for prediction in predictions])
 
+    # Prototypes know the names of their classes, so other classes are also reported by themselves.
     accuracies = _accuracies(ranks, clusters, labels_N)
     unnamed: Mapping[str, Estimate] = {}
     if first.is_named is not None and not first.is_named[labels_N].all():
         masks = [prediction.is_unnamed for prediction in predictions]
-        unnamed = _accuracies(
-            [ranks_N[mask] for ranks_N, mask in zip(ranks, masks, strict=True)],
-            [clusters_N[mask] for clusters_N, mask in zip(clusters, masks, strict=True)],
-            labels_N[np.concatenate(masks)],
-        )
+        unnamed_ranks = []
+        unnamed_clusters = []
+        for mask, ranks_N, clusters_N in zip(masks, ranks, clusters, strict=True):
+            unnamed_ranks.append(ranks_N[mask])
+            unnamed_clusters.append(clusters_N[mask])
+        unnamed = _accuracies(unnamed_ranks, unnamed_clusters, labels_N[np.concatenate(masks)])
 
     by_run = {}
-    for k in KS:
-        by_run[f"acc{k}"] = [recall_at(ranks_N, k) for ranks_N in ranks]
+    for name, k in _ACCURACIES.items():
+        by_run[name] = [recall_at(ranks_N, k) for ranks_N in ranks]
     by_run["mean_per_class_recall"] = [
         float(np.nanmean(class_means(prediction.ranks == 1, prediction.labels, num_classes)))
         for prediction in predictions
@@ -252,7 +255,7 @@ def evaluate_zero_shot(
 
 def _accuracies(ranks: Sequence[Ints], clusters: Sequence[Ints], labels_N: Ints) -> dict[str, Estimate]:
     """Estimate the accuracies of all runs together, given ranks and groups of the items of each run."""
-    accuracies = hit_rates(ranks, clusters, {f"acc{k}": k for k in KS})
+    accuracies = hit_rates(ranks, clusters, _ACCURACIES)
     is_right_N = np.concatenate(ranks) == 1
     accuracies["mean_per_class_recall"] = bootstrap_class_mean(is_right_N, labels_N, np.concatenate(clusters))
     return accuracies
@@ -283,8 +286,10 @@ def compare_zero_shot(
         Name of the recipe -> report.
     """
     progress = to_progress(progress)
-    return {
-        recipe.name: evaluate_zero_shot(
+
+    reports = {}
+    for recipe in iterate_recipes(run, control_run):
+        reports[recipe.name] = evaluate_zero_shot(
             cache,
             recipe.run_paths,
             prompts,
@@ -293,8 +298,7 @@ def compare_zero_shot(
             progress=progress,
             **options,
         )
-        for recipe in iterate_recipes(run, control_run)
-    }
+    return reports
 
 
 def classify(
@@ -313,6 +317,7 @@ def classify(
             f"{' and '.join(run.info.inputs)}; train one with texts"
         )
 
+    # Prompts must come from the encoder whose text feature the run was trained on.
     modality = run.other_modality("text")
     check_prompts(prompts_cache, run.input("text").spec)
     prompts = read_prompts(prompts_cache, run_input(prompts_cache, run, "text"))
