@@ -528,6 +528,11 @@ def measure_coverage(
         UnknownNameError: there is no feature or column of that name.
         UnfinishedError: chunks of a feature are missing.
         DataError: a concept is repeated or empty, features cannot be compared, or a selection names other samples.
+
+    Example:
+        >>> report = embedcache.measure_coverage("cache", "names.txt", modality="text")
+        >>> report.concepts.names, report.pool_counts.num_items
+        (['zebra', 'yak', 'gnu'], 600)
     """
     settings = merge_settings(CoverageSettings, settings, options)
     progress = to_progress(progress)

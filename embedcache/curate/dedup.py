@@ -230,6 +230,13 @@ def analyze(
         SettingError: a cosine or `copies_only` is set, which needs a file to write, or the keep rule is invalid.
         UnknownNameError: there is no such keep rule or feature.
         DataError, UnfinishedError, FingerprintError: see `Vectors`.
+
+    Example:
+        >>> analysis = embedcache.analyze_duplicates("cache", modality="text")
+        >>> print(analysis.line())
+        600 texts of open_toy/mean; 57 are byte-identical copies; every pair was compared
+        >>> analysis.levels()[0].num_gone  # samples that are removed as copies only
+        57
     """
     settings = merge_settings(DedupSettings, settings, options)
     if settings.cosine is not None or settings.copies_only:
@@ -263,6 +270,11 @@ def dedup(
         PathError: the path does not end in `.parquet`; or the errors of `check_output`.
         DataError, UnfinishedError, FingerprintError, UnknownNameError: see `analyze`.
         DiskFullError: the scratch file does not fit.
+
+    Example:
+        >>> report = embedcache.remove_duplicates("cache", "unique.parquet", copies=True, modality="text")
+        >>> len(report.removed), report.removed_path.name
+        (57, 'unique.removed.parquet')
     """
     settings = merge_settings(DedupSettings, settings, options)
     progress = to_progress(progress)

@@ -174,6 +174,11 @@ def find_outliers(
             numbers.
         UnfinishedError, FingerprintError: see `Vectors`.
         DiskFullError: the scratch file does not fit.
+
+    Example:
+        >>> report = embedcache.find_outliers("cache", "odd.parquet", modality="text", k=20)
+        >>> print(report.line())
+        600 texts of open_toy/mean, each with its 20 nearest of 543 different ones; every pair was compared
     """
     settings = merge_settings(OutlierSettings, settings, options)
     progress = to_progress(progress)

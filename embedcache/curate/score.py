@@ -126,6 +126,11 @@ def score(
         PathError: a file does not exist, or the output must not be written.
         CorruptError, DataError: the file of the head cannot be read, or its width differs from the feature's.
         UnknownNameError, UnfinishedError, FingerprintError: see `Vectors`.
+
+    Example:
+        >>> report = embedcache.score_samples("cache", "zebras.parquet", modality="text", prompt=("zebra",))
+        >>> report.num_samples
+        600
     """
     out = Path(out)
     progress = to_progress(progress)

@@ -120,6 +120,10 @@ def select(
         DataError: no sample passes.
         FingerprintError: the run, the concepts or the target have features of another encoder.
         UnfinishedError: chunks of a feature are missing.
+
+    Example:
+        >>> embedcache.select_samples("cache", "tenth.parquet", "random", budget=0.1, modality="text")
+        tenth.parquet: 60 of 600 samples (10.0%)
     """
     out = Path(out)
     settings = merge_settings(SelectSettings, settings, options)
@@ -431,8 +435,9 @@ def combine_selections(
         PathError, CorruptError: see `read_selection` and `write_selection`.
 
     Example:
-        >>> combine_selections("cache", "both.parquet", "first.parquet", "and", "second.parquet")  # doctest: +SKIP
-        412
+        >>> report = embedcache.select_samples("cache", "random.parquet", "random", budget=100, modality="text")
+        >>> embedcache.combine_selections("cache", "both.parquet", "random.parquet", "and", "half.parquet") < 100
+        True
     """
     cache = Cache(cache)
     is_and = operation == "and"

@@ -1,0 +1,19 @@
+import doctest
+import shutil
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import embedcache
+from embedcache.curate import coverage, dedup, outliers, score
+from embedcache.curate.select import select
+
+
+@pytest.mark.parametrize("module", [coverage, dedup, outliers, score, select])
+def test_docstring_examples(module: ModuleType, clear: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(clear, tmp_path / "examples")
+    monkeypatch.chdir(tmp_path / "examples")
+    result = doctest.testmod(module, extraglobs={"embedcache": embedcache})
+    assert result.attempted
+    assert not result.failed
