@@ -195,6 +195,12 @@ def find_leaks(
         DataError: the caches have no modality in common that can be compared, or a feature has no encoded item.
         UnknownNameError: there is no such feature.
         UnfinishedError: chunks of a feature are missing.
+
+    Example:
+        >>> features = {"image": "open_toy/cls", "text": "open_toy/mean"}
+        >>> report = embedcache.find_leaks("train-cache", "test-cache", feature=features)
+        >>> report.num_train_samples, report.num_test_samples
+        (80, 40)
     """
     settings = merge_settings(LeakSettings, settings, options)
     progress = to_progress(progress)

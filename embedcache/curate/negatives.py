@@ -104,6 +104,13 @@ def mine_negatives(
         DataError: no sample has both features, or none has a negative. Nothing is written then.
         PathError: the errors of `check_output`.
         UnknownNameError, UnfinishedError: a feature does not exist, or has missing chunks.
+
+    Example:
+        >>> features = {"image": "open_toy/cls", "text": "open_toy/mean"}
+        >>> limits = {"image": 0.99, "text": 0.999}
+        >>> report = embedcache.mine_negatives("train-cache", "negatives.parquet", feature=features, cosine=limits)
+        >>> report.num_samples
+        80
     """
     settings = merge_settings(NegativesSettings, settings, options)
     out = Path(out)

@@ -319,6 +319,12 @@ def evaluate_pairs(
             out.
         DataError: too few samples have all features or are in the validation part, or a feature is constant, NaN or
             infinite.
+
+    Example:
+        >>> features = {"image": ["open_toy/cls"], "text": ["open_toy/mean"]}
+        >>> report = embedcache.evaluate_pairs("cache", feature=features, split="key")
+        >>> sorted(report.pairs[0].recalls)
+        ['i2t', 't2i']
     """
     settings = merge_settings(PairsSettings, settings, {})
     settings = replace_flat(settings, with_split_seed(options, settings))

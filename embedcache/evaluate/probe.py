@@ -200,6 +200,11 @@ def evaluate_probe(
         UnfinishedError: the feature has missing chunks.
         DataError: labels or parts are not usable.
         MissingExtraError: logistic regression, and scikit-learn is not installed.
+
+    Example:
+        >>> report = embedcache.evaluate_probe("labeled", feature="open_toy/cls", classifier=("knn",))
+        >>> report.counts["test"], report.scores[0].accuracy.value > report.majority
+        (60, True)
     """
     settings = merge_settings(ProbeSettings, settings, {})
     settings = replace_flat(settings, with_split_seed(options, settings))

@@ -216,6 +216,11 @@ def evaluate_retrieval(
             or a width above the width of the shared space.
         FingerprintError: a run was trained on features from another encoder, or with another recipe than the others.
         DataError: the part is empty.
+
+    Example:
+        >>> report = embedcache.evaluate_retrieval("cache", "run", part="val")
+        >>> report.recalls["i2t"]["r@10"].value > report.chance["i2t"]["r@10"].value
+        True
     """
     settings = merge_settings(RetrievalSettings, settings, options)
     progress = to_progress(progress)
@@ -293,6 +298,11 @@ def compare_retrieval(
 
     Returns:
         Name of the recipe, with the language if there are several -> report.
+
+    Example:
+        >>> reports = embedcache.compare_retrieval("cache", ["run"], part="val")
+        >>> list(reports)
+        ['run']
     """
     settings = merge_settings(RetrievalSettings, settings, options)
     progress = to_progress(progress)

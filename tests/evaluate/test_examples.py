@@ -1,13 +1,25 @@
 import doctest
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from embedcache.evaluate import runs, settings
+import embedcache
+from embedcache.evaluate import encoder_pairs, probe, retrieval, runs, settings
 
 
-@pytest.mark.parametrize("module", [runs, settings])
-def test_docstring_examples(module: ModuleType) -> None:
-    result = doctest.testmod(module)
+@pytest.mark.parametrize("module", [encoder_pairs, probe, retrieval, runs, settings])
+def test_docstring_examples(
+    module: ModuleType,
+    cache_path: Path,
+    run_path: Path,
+    labeled_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, path in (("cache", cache_path), ("run", run_path), ("labeled", labeled_path)):
+        (tmp_path / name).symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    result = doctest.testmod(module, extraglobs={"embedcache": embedcache})
     assert result.attempted
     assert not result.failed
