@@ -485,6 +485,10 @@ def measure_coverage_by_modality(
     """Measure coverage by each modality of the settings. See `measure_coverage`.
 
     `both` means the two modalities of the run in its order, or images and texts if there is no run.
+
+    Example:
+        >>> list(embedcache.measure_coverage_by_modality("cache", "names.txt", modality="text"))
+        ['text']
     """
     settings = merge_settings(CoverageSettings, settings, options)
     progress = to_progress(progress)

@@ -112,7 +112,9 @@ def _name_recipes(recipes: Sequence[list[Path]]) -> dict[str, list[Path]]:
     if len(set(names)) < len(names):
         folders = [path.name for paths in recipes for path in paths]
         is_unique = len(set(folders)) == len(folders)
-        names = [", ".join(path.name if is_unique else str(path) for path in paths) for paths in recipes]
+        names = []
+        for paths in recipes:
+            names.append(", ".join(path.name if is_unique else str(path) for path in paths))
     return dict(zip(names, recipes, strict=True))
 
 

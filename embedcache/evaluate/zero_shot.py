@@ -189,6 +189,11 @@ def evaluate_zero_shot(
         UnknownNameError: there is no such column.
         DataError: a run without texts, the part is empty, no item has a label, a label is not a class, or a class has
             no prompt.
+
+    Example:
+        >>> report = embedcache.evaluate_zero_shot("labeled", "run", "colors.txt", part="test")
+        >>> report.num_items, sorted(report.accuracies)
+        (60, ['acc1', 'acc5', 'mean_per_class_recall'])
     """
     settings = merge_settings(ZeroShotSettings, settings, options)
     cache = Cache(cache)
@@ -284,6 +289,10 @@ def compare_zero_shot(
 
     Returns:
         Name of the recipe -> report.
+
+    Example:
+        >>> list(embedcache.compare_zero_shot("labeled", ["run"], "colors.txt", part="test"))
+        ['run']
     """
     progress = to_progress(progress)
 
