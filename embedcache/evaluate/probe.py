@@ -213,6 +213,7 @@ def evaluate_probe(
     data = read_labeled(Cache(cache), settings, progress=progress)
     data = replace(data, examples=replace(data.examples, products=products_on(settings.device)))
 
+    # The control and each number of shots are fitted once per draw.
     num_fits = 1 + (settings.control + len(settings.shots)) * settings.draws
     progress.start("probing", len(methods) * num_fits, "fits")
     scores = [_score(name, fit, data, progress) for name, fit in methods.items()]
@@ -418,6 +419,8 @@ def _parts(
     part = settings.part
     is_default = split.kind == "strict" and "split" not in to_flat(settings)
     group_S = np.arange(cache.info.num_samples)
+
+    # A split that was asked for goes before the column of the cache.
     if _SPLIT in cache.columns and (split.kind == "column" or is_default):
         names = cache.column(_SPLIT)
         part_S: Array = column_parts(names).to_numpy(zero_copy_only=False).astype("<U5")

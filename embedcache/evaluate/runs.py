@@ -92,6 +92,8 @@ def group_by_recipe(run_paths: RunPaths, *, is_control: bool = False) -> dict[st
     by_recipe: dict[str, list[Run]] = {}
     for run in runs:
         by_recipe.setdefault(digest(run.recipe), []).append(run)
+
+    # Two runs of the same seed are not independent, so their average would say nothing about seeds.
     recipes: list[list[Path]] = []
     for group in by_recipe.values():
         if len({run.seed for run in group}) == len(group):
@@ -194,6 +196,7 @@ def read_eval_split(cache: Cache, run: Run, part: str | None = None, selection: 
         DataError: there is no such part, or none of its samples is in the selection.
         PathError: there is no such selection.
     """
+    # The run's split keeps training samples out; the column of the cache may divide them in another way.
     if was_trained_on(run, cache):
         split = read_run_split(run, cache)
         rows = np.arange(len(split.parts)) if part == "all" else split.rows(part or "test")
@@ -406,6 +409,7 @@ def _open_training_caches(run: Run, cache: Cache, paths: Sequence[str]) -> tuple
                 "caches it was trained on"
             )
 
+    # Caches that grew since have other digests, but still contain the rows.
     index_digests = run.info.index_digest.split("+") if run.info.index_digest else []
     recorded_paths = run.info.caches[: len(index_digests)]
     caches = []
@@ -431,6 +435,7 @@ def training_items(run: Run, cache: Cache) -> Mapping[str, ItemSet]:
 
     Their contents are not numbered.
     """
+    # The split covers all samples of the cache; only the selected ones were trained on.
     rows = np.flatnonzero(read_run_split(run, cache).mask("train"))
     if (selected := read_run_selection(run, cache)) is not None:
         rows = np.intersect1d(rows, selected, assume_unique=True)
