@@ -63,8 +63,6 @@ def values(cache: Path, modality: str, name: str) -> np.ndarray:
 
 def test_values_of_both_modalities(cache: Path) -> None:
     report = derive(cache, halved(CLS, TOKENS))
-    line = "halved/half: derived:tests.derive.cases:HALVE, from image open_toy/cls, text open_toy/tokens"
-    assert line in summarize(cache).notes
     assert report.line() == f"halved (half, total): derived 20 images, reused 0, failed 1: 1 {NOT_AN_IMAGE}"
     cls = values(cache, "image", "open_toy/cls")
     np.testing.assert_allclose(values(cache, "image", "halved/half"), cls / 2, atol=1e-3)
@@ -141,29 +139,24 @@ def test_refusals(cache: Path, changes: dict[str, Any], error: type[Exception], 
     assert not (cache / "image/halved").exists()
 
 
-def test_unfinished_input_and_damaged_fit_are_refused(cache: Path) -> None:
-    derive_pca(cache)
-    damage(cache / "image/pca/fit.safetensors")
-    (finding,) = verify(Cache(cache))
-    assert "fit.safetensors" in finding.line()
-    assert not finding.can_repair
-    (cache / "image/open_toy/chunks/00001.json").unlink()
-    with pytest.raises(UnfinishedError, match="chunk 1"):
-        derive(cache, halved())
-    assert not (cache / "image/halved").exists()
-
-
 def test_several_items_of_the_other_modality_raise(tmp_path: Path) -> None:
     source = write_images(tmp_path / "source", 8)
     (source / "00005.txt").write_text("one\ntwo\n")
     run(source, tmp_path / "c")
-    with pytest.raises(DataError, match="'00005'"):
+    with pytest.raises(DataError, match="expected one text per sample, got 2 in the sample '00005'"):
         derive(tmp_path / "c", halved(CLS, MEAN))
     derive(tmp_path / "c", halved(MEAN, CLS))  # every caption has one image
     totals = values(tmp_path / "c", "text", "halved/total")
     images, texts = values(tmp_path / "c", *CLS).astype(np.float64), values(tmp_path / "c", *MEAN).astype(np.float64)
     samples = Cache(tmp_path / "c").items("text")["sample"].to_numpy()
     np.testing.assert_allclose(totals[:, 0], images[samples].sum(axis=1) + texts.sum(axis=1), rtol=1e-5)
+
+
+def test_unfinished_input_raises(cache: Path) -> None:
+    (cache / "image/open_toy/chunks/00001.json").unlink()
+    with pytest.raises(UnfinishedError, match="open_toy/cls is not finished: chunk 1.*embedcache extract again"):
+        derive(cache, halved())
+    assert not (cache / "image/halved").exists()
 
 
 @pytest.mark.slow
@@ -179,7 +172,7 @@ def test_extended_cache_gets_only_new_rows(tmp_path: Path) -> None:
     for path in late:
         (tmp_path / path.name).rename(path)
     run(source, tmp_path / "c", extend=True)
-    with pytest.raises(UnfinishedError, match="halved/half"):
+    with pytest.raises(UnfinishedError, match="halved/half is not finished.*run the same embedcache derive again"):
         Cache(tmp_path / "c").feature("image", "halved/half").require_complete()
     assert derive(tmp_path / "c", halved(CLS, MEAN)).computed == 4  # the last chunk
     derive_pca(tmp_path / "c")
@@ -253,7 +246,7 @@ def test_rule_of_the_users_own_needs_trust(cache: Path) -> None:
     whole = tree(cache)
     damage(cache / "image/halved/half/c/1/0")
     (finding,) = verify(Cache(cache))
-    with pytest.raises(SettingError, match="HALVE.*--trust"):
+    with pytest.raises(SettingError, match="'tests.derive.cases:HALVE', which is custom code; .* use --trust"):
         repair(Cache(cache), [finding])
     trust_code(IMAGE)
     (note,) = [drift for drift in measure_drift(Cache(cache), 0.1) if drift.feature == "halved/half"]
@@ -262,6 +255,14 @@ def test_rule_of_the_users_own_needs_trust(cache: Path) -> None:
     with trust_files():
         repair(Cache(cache), [finding])
     assert tree(cache) == whole
+
+
+def test_changed_fit_is_damage_that_cannot_be_repaired(cache: Path) -> None:
+    derive_pca(cache)
+    damage(cache / "image/pca/fit.safetensors")
+    (finding,) = verify(Cache(cache))
+    assert finding.line().startswith("pca/fit.safetensors: ")
+    assert not finding.can_repair
 
 
 @pytest.mark.slow
@@ -281,3 +282,12 @@ def test_drift_of_derived_features(cache: Path, monkeypatch: pytest.MonkeyPatch)
     rule = replace(open_rule("pca"), apply=flipped)
     monkeypatch.setattr("embedcache.derive.rules.PCA", rule)
     assert [name for name, is_bad in drifts().items() if is_bad] == ["pca/pca"]
+
+
+def test_inspect_names_the_inputs(cache: Path) -> None:
+    derive(cache, halved(CLS, MEAN))
+    summary = summarize(cache)
+    line = "derived:tests.derive.cases:HALVE, from image open_toy/cls, text open_toy/mean"
+    assert f"halved/half: {line}" in summary.notes
+    (entry,) = [entry for entry in summary.record()["features"] if entry["feature"] == "halved/half"]
+    assert entry["inputs"] == ["image/open_toy/cls", "text/open_toy/mean"]

@@ -143,9 +143,9 @@ def test_a_rule_is_fitted_in_a_cache_behind_a_url(cache_path: Path, tmp_path: Pa
 
 
 def test_whitening_more_directions_than_there_are_raises() -> None:
+    line = np.outer(np.arange(5.0), [1.0, 2.0, 3.0])
     rule = open_rule("pca")
     assert rule.fit is not None
-    line = np.outer(np.arange(5.0), [1.0, 2.0, 3.0])
     for vectors, width in ((line, 2), (np.ones_like(line), 1)):
-        with pytest.raises(DataError, match="whitening"):
+        with pytest.raises(DataError, match=f"whitening to {width}"):
             rule.fit(iter([[Block(vectors)]]), {"width": width, "whiten": True})

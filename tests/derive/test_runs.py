@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,7 +38,10 @@ def cache(cache_path: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("run", ["vectors", "tokens"])
 def test_projected_vectors_are_those_of_the_run(cache: Path, work: Path, run: str) -> None:
     reports = derive_from_run(cache, work / run, dtype="float32")
-    assert [report.computed for report in reports] == [300, 300]
+    assert [report.line() for report in reports] == [
+        f"{run}-projected (projected): derived 300 images, reused 0, failed 0",
+        f"{run}-projected (projected): derived 300 texts, reused 0, failed 0",
+    ]
     for modality in ("image", "text"):
         vectors = Vectors(cache, modality, run_path=work / run)
         found = Cache(cache).feature(modality, f"{run}-projected").load()
@@ -59,17 +63,26 @@ def test_repair_without_or_with_another_run_raises(cache: Path, work: Path, tmp_
         verify_cache(cache, VerifySettings(repair=True))
 
 
-def test_refusals(cache: Path, work: Path, tmp_path: Path) -> None:
-    other = Path(shutil.copytree(work / "vectors", tmp_path / "other"))
+@pytest.mark.parametrize(
+    ("words", "options", "error", "word"),
+    [
+        (("projekted",), {}, UnknownNameError, "projected"),
+        ((), {"modality": "audio"}, UnknownNameError, "audio"),
+    ],
+)
+def test_refusals(
+    cache: Path, work: Path, words: tuple[str, ...], options: dict[str, Any], error: type[Exception], word: str
+) -> None:
+    with pytest.raises(error, match=word):
+        derive_from_run(cache, work / "vectors", *words, **options)
+
+
+def test_run_on_another_encoder_is_refused(cache: Path, work: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(work / "vectors", tmp_path / "other")
     inputs = read_json(other / "run.json")["inputs"]
     inputs["image"]["fingerprint"]["weights"] = "other"
     edit_record(other / "run.json", inputs=inputs)
-    run = work / "vectors"
-    with pytest.raises(UnknownNameError, match="projected"):
-        derive_from_run(cache, run, "projekted")
-    with pytest.raises(UnknownNameError, match="audio"):
-        derive_from_run(cache, run, modality="audio")
-    with pytest.raises(FingerprintError, match="open_toy/cls"):
+    with pytest.raises(FingerprintError, match="the cache's open_toy/cls comes from another encoder"):
         derive_from_run(cache, other)
 
 
@@ -83,12 +96,12 @@ def test_command_line(cache: Path, work: Path, tmp_path: Path) -> None:
     assert "reused 300" in succeed(*words, cwd=tmp_path)
     refused = embedcache(*words, "--parameter", "whiten=true", cwd=tmp_path)
     assert refused.code == 1
-    assert "whiten" in refused.stderr
+    assert "preprocessing.whiten: stored False, requested True" in refused.stderr
     for more, message in (
-        ((), "neither"),
-        (("--rule", "mean", "--run-output", "prob"), "--run-output"),
-        (("--run", "r", "--input", "image=a"), "--input"),
-        (("--rule", "mean", "--input", "image"), "MODALITY=NAME"),
+        ((), "--rule: expected either --run or --rule, got neither"),
+        (("--rule", "mean", "--run-output", "prob"), "--run-output: expected with --run only; omit it"),
+        (("--run", "r", "--input", "image=a"), "--input: expected with --rule only"),
+        (("--rule", "mean", "--input", "image"), "--input: expected MODALITY=NAME, such as image=dinov2/cls"),
     ):
         refused = embedcache("derive", cache, *more, cwd=tmp_path)
         assert refused.code == 1

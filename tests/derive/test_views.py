@@ -110,7 +110,10 @@ def states(work: Path, run: str, cache: Path, feature: str, row: int) -> Floats:
 def test_each_view_has_a_folder(work: Path, cache: Path) -> None:
     views = ("plain", "babble5dB", "babble-5dB")
     reports = derive_from_run(cache, work / "both", "audio-states", name="ao", view=views, dtype="float32")
-    assert [report.computed for report in reports] == [3, 3, 3]
+    assert [report.line() for report in reports] == [
+        f"{name} (audio-states): derived 3 recordings, reused 0, failed 0"
+        for name in ("ao", "ao@babble5dB", "ao@babble-5dB")
+    ]
     opened = Cache(cache)
     for suffix in ("", "@babble5dB", "@babble-5dB"):
         feature = opened.feature("audio", f"ao{suffix}/audio-states")
@@ -147,21 +150,40 @@ class Length(nn.Module):
         return {name: np.array(lengths, np.float32).T for name in names}
 
 
-def test_output_of_two_sides_has_the_items_of_the_first(work: Path, cache: Path, tmp_path: Path) -> None:
-    run, view = tmp_path / "run", "tests.extract.test_own_views-backwards"
-    write_run(cache, run, {"audio": AUDIO, "video": VIDEO}, Length())
-    derive_from_run(cache, run, "length", view=("plain", view))
+def test_first_side_that_is_read_decides_the_items(work: Path, cache: Path, tmp_path: Path) -> None:
+    write_run(cache, tmp_path / "run", {"audio": AUDIO, "video": VIDEO}, Length())
+    derive_from_run(cache, tmp_path / "run", "length")
     found = Cache(cache).feature("video", "run-length/length").load()
     np.testing.assert_array_equal(found, [[25, 50], [25, 50], [26, 55], [27, 60]])
+    with pytest.raises(UnknownNameError, match="unknown output 'prob' of the run .*; known: length, of-video"):
+        derive_from_run(cache, tmp_path / "run", "prob")
+    with pytest.raises(SettingError, match="modality: expected none for a run of .*Length, got audio"):
+        derive_from_run(cache, tmp_path / "run", "length", modality="audio")
+
+
+def test_view_is_read_in_place_of_the_sides_of_its_modality(work: Path, cache: Path, tmp_path: Path) -> None:
+    view = "tests.extract.test_own_views-backwards"
+    write_run(cache, tmp_path / "run", {"audio": AUDIO, "video": VIDEO}, Length())
+    derive_from_run(cache, tmp_path / "run", "length", view=(view,))
     group = Cache(cache).feature("video", f"run-length@{view}/length").group
     assert group.inputs == [("video", f"open_media@{view}/frames"), ("audio", "open_media/frames")]
+    with pytest.raises(UnknownNameError, match=r"open_media@babble5dB/frames.*known: .*backwards/frames"):
+        derive_from_run(cache, tmp_path / "run", "length", view=("babble5dB",))  # a view of sound
 
-    with pytest.raises(UnknownNameError, match="known: length, of-video"):
-        derive_from_run(cache, run, "prob")
-    with pytest.raises(SettingError, match="modality"):
-        derive_from_run(cache, run, "length", modality="audio")
-    with pytest.raises(UnknownNameError, match="babble5dB"):
-        derive_from_run(cache, run, "length", view=("babble5dB",))  # a view of sound
+
+@pytest.mark.slow
+def test_second_run_on_derived_views(work: Path, cache: Path, tmp_path: Path) -> None:
+    derive_from_run(cache, work / "both", "audio-states", name="ao", view=("plain", "babble-5dB"))
+    write_run(cache, tmp_path / "second", {"audio": "ao/audio-states"})
+    (report,) = derive_from_run(cache, tmp_path / "second", "audio-states", name="two", view=("babble-5dB",))
+    assert report.line() == "two@babble-5dB (audio-states): derived 3 recordings, reused 0, failed 0"
+    whole = tree(cache)
+    for name in ("open_media@babble-5dB/frames", "ao@babble-5dB/audio-states", "two@babble-5dB/audio-states"):
+        (path,) = (cache / "audio" / name / "values").glob("*1/c/0/0")
+        path.write_bytes(b"x" * path.stat().st_size)
+    verified = verify_cache(cache, VerifySettings(repair=True, reencode=1))
+    assert verified.is_sound, verified.lines()
+    assert tree(cache) == whole
 
 
 def test_view_of_another_encoder_is_refused(work: Path, cache: Path) -> None:
@@ -171,21 +193,6 @@ def test_view_of_another_encoder_is_refused(work: Path, cache: Path) -> None:
     attributes["fingerprint"]["weights"] = "other"
     metadata["attributes"]["embedcache"] = add_digest({**attributes, DIGEST: None})
     write_json(path, metadata)
-    with pytest.raises(FingerprintError, match="weights"):
+    with pytest.raises(FingerprintError, match="weights: stored .* the cache's open_media@babble5dB/frames comes from"):
         derive_from_run(cache, work / "both", "audio-states", view=("plain", "babble5dB"))
     assert not (cache / "audio/both-audio-states").exists()  # all views are opened before the first is computed
-
-
-@pytest.mark.slow
-def test_second_run_on_derived_views(work: Path, cache: Path, tmp_path: Path) -> None:
-    derive_from_run(cache, work / "both", "audio-states", name="ao", view=("plain", "babble-5dB"))
-    write_run(cache, tmp_path / "second", {"audio": "ao/audio-states"})
-    (report,) = derive_from_run(cache, tmp_path / "second", "audio-states", name="two", view=("babble-5dB",))
-    assert report.computed == 3
-    whole = tree(cache)
-    for name in ("open_media@babble-5dB/frames", "ao@babble-5dB/audio-states", "two@babble-5dB/audio-states"):
-        (path,) = (cache / "audio" / name / "values").glob("*1/c/0/0")
-        path.write_bytes(b"x" * path.stat().st_size)
-    verified = verify_cache(cache, VerifySettings(repair=True, reencode=1))
-    assert verified.is_sound, verified.lines()
-    assert tree(cache) == whole

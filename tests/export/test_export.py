@@ -91,8 +91,8 @@ WRONG: dict[str, tuple[Callable[[Path, Path], Any], type[Exception], str]] = {
     "full": (lambda run, out: export_run("onnx", run, out.parent), PathError, "empty"),
     "no run": (lambda run, out: export_run("onnx", out.with_name("none"), out), PathError, "train"),
     "no metrics": (lambda run, out: export_run("onnx", run, out, metrics=out / "no.json"), PathError, "no.json"),
-    "metrics": (
-        lambda run, out: export_run("onnx", run, out, metrics=out.parent / "other.json"),
+    "other metrics": (
+        lambda run, out: export_run("onnx", run, out, metrics=out.with_name("other.json")),
         SettingError,
         "metrics",
     ),
@@ -170,7 +170,13 @@ def test_card_content(run: Path, tiny: dict[str, str], tmp_path: Path) -> None:
     data = ModelCard(card).data
     assert (data.library_name, data.license) == ("sentence-transformers", "mit")
     assert data.tags == ["embedcache", "image-text-retrieval"]
-    for words in ("| 0.15 | [0.1, 0.2] |", "`hf:bert`", "`split.parquet`", "`chosen.parquet`", "truncate_dim=4"):
+    for words in (
+        "| i2t r@1 | 0.15 | [0.1, 0.2] |",
+        "| text | `hf:bert` | `mean` | mit | yes |",
+        "`split.parquet`",
+        "`chosen.parquet`",
+        "truncate_dim=4",
+    ):
         assert words in card
     assert "0.75" not in card
     assert "/home/me" not in card
@@ -181,7 +187,7 @@ def test_card_content(run: Path, tiny: dict[str, str], tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_run_of_other_modalities(sounds: Path, tmp_path: Path) -> None:
     for form, towers in (("open-clip", False), ("transformers", False), ("onnx", True)):
-        with pytest.raises(SettingError, match="audio and text"):
+        with pytest.raises(SettingError, match="expected a run of image and text, got one of audio and text; use"):
             export_run(form, sounds, tmp_path / "out", towers=towers)
     features = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
     expected = project(Run.open(sounds).pair.tower("audio"), Inputs(features))

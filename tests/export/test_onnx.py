@@ -9,6 +9,7 @@ import onnxruntime
 import pytest
 import torch
 
+from embedcache.errors import SettingError
 from embedcache.export.base import TOLERANCE
 from embedcache.export.export import export_run
 from embedcache.export.settings import ExportSettings
@@ -52,6 +53,16 @@ class Unknown(torch.nn.Module):
 
     def forward(self, vectors_BD: torch.Tensor) -> torch.Tensor:
         return torch.lgamma(self.linear(vectors_BD))
+
+
+def test_unknown_operator_is_refused(tiny: dict[str, str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path / "run", (tiny["vit"], "cls"), (tiny["bert"], "mean"), f"linear+{__name__}:Unknown")
+    capfd.readouterr()
+    words = r"this run: text projector: cannot export .*'aten::lgamma'.*; embedcache.load applies it"
+    with pytest.raises(SettingError, match=words):
+        export_run("onnx", run, tmp_path / "model")
+    assert "graph" not in "".join(capfd.readouterr())
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 @pytest.mark.parametrize("image", ["vit", "dino"])

@@ -1,4 +1,7 @@
 import io
+import subprocess
+import sys
+from hashlib import sha256
 
 import numpy as np
 import pytest
@@ -10,7 +13,7 @@ from pipelines.worlds.street import KIND, splits_of
 from pipelines.worlds.street_image import render
 from pipelines.worlds.street_scene import DOMAINS, Lidar, build_scene, open_camera, scan
 
-STREETS = "world=3,frames=1,test=1,domains=day+night"
+LOCATION = "world=3,frames=1,test=1,domains=day+night"
 
 
 @pytest.mark.slow
@@ -27,13 +30,26 @@ def points_of(source: Source, key: str) -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
+@pytest.mark.slow
+def test_same_bytes_in_another_process() -> None:
+    code = (
+        "from hashlib import sha256; from embedcache.sources import open_source, FileItem\n"
+        f"source = open_source({LOCATION!r}, kind={KIND!r})\n"
+        "print(*(sha256(source.read(FileItem(path=f'night/test/000.{end}'))).hexdigest() for end in ('png', 'npz')))"
+    )
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    source = open_source(LOCATION, kind=KIND)
+    own = [sha256(source.read(FileItem(path=f"night/test/000.{end}"))).hexdigest() for end in ("png", "npz")]
+    assert own == other
+
+
 def test_splits_share_no_frame_and_points_have_no_image() -> None:
     samples = list(open_source("world=3,frames=2,test=1,domains=day+night+fog", kind=KIND).samples())
     by_split = {(sample.columns["domain"], sample.columns["split"]) for sample in samples}
     assert by_split == {(domain, split) for domain in ("day", "night", "fog") for split in splits_of(domain)}
     assert all(bool(sample.images) != (sample.columns["split"] == "points") for sample in samples)
     assert splits_of("fog") == ["target", "test"]
-    source = open_source(STREETS, kind=KIND)
+    source = open_source(LOCATION, kind=KIND)
     frames = [points_of(source, f"night/{split}/000")["xyz"] for split in splits_of("night")]
     assert len({frame.tobytes() for frame in frames}) == 4
     assert points_of(open_source("world=4", kind=KIND), "night/test/000")["xyz"].tobytes() != frames[-1].tobytes()

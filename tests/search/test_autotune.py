@@ -49,10 +49,19 @@ def test_num_lists_can_be_trained(num_vectors: int, width: int) -> None:
         fit_memory(every, smallest - 1)
 
 
-def test_memory_of_many_vectors() -> None:
-    """Check codes and ids of 8 bytes per vector, and centroids with a graph in float32: on disk, ids alone."""
-    (kind,) = on_disk_configurations(10_000, 64)
-    assert (kind.factory, kind.memory_bytes) == ("IVF256,SQfp16", 10_000 * 16 + 256 * 4 * 64 + 256 * 24)
+def test_memory_of_each_kind() -> None:
+    """Check codes, tables and two ids of 8 bytes per vector, and float32 centroids."""
+    num, centroids, bounds = 10_000, 256 * 4 * 64, 8 * 64
+    assert [(one.factory, one.memory_bytes) for one in in_memory_configurations(num, 64)] == [
+        ("Flat", num * (256 + 8)),
+        ("HNSW32", num * (256 + 272 + 8)),
+        ("IVF256,SQfp16", num * (128 + 16) + centroids),
+        ("IVF256,SQ8", num * (64 + 16) + centroids + bounds),
+        ("IVF256,SQ6", num * (48 + 16) + centroids + bounds),
+        ("IVF256,PQ16", num * (16 + 16) + centroids + 256 * 4 * 64),
+    ]
+    (kind,) = on_disk_configurations(num, 64)
+    assert (kind.factory, kind.memory_bytes) == ("IVF256,SQfp16", num * 16 + centroids + 256 * 24)
     with_graph = 16_384 * (4 * 768 + 272)
     assert in_memory_configurations(10**8, 768)[-1].memory_bytes == 10**8 * (192 + 16) + with_graph + 4 * 256 * 768
     assert on_disk_configurations(10**8, 768)[0].memory_bytes == 10**8 * 16 + with_graph + 16_384 * 24

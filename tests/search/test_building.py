@@ -115,13 +115,6 @@ def contents(index_path: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in index_path.glob("*-*")}
 
 
-def flip(path: Path) -> None:
-    """Change the last bit of a file, which others may have open."""
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    exchange(path, data)
-
-
 def opened(path: Path) -> RowIndex:
     return open_row_index(path, read_card(path), device="cpu")
 
@@ -167,6 +160,7 @@ def test_interrupted_build_resumes(cache_path: Path, whole: Whole, tmp_path: Pat
     [
         # of each chunk when it is added, and of each checkpoint its end
         (60, [0, 59, 60, 66, 125, 126, 127, 186], [128, 256, 300]),
+        (60, [0, 60, 70, 169, 170, 171, 230, 231, 232], [64, 192, 300, 300]),
         (0, [0, 1, 9, 9, 9, 9, 9, 9, 9, 9, 9], [64, 128, 192, 256, 300, 300]),
     ],
 )
@@ -288,14 +282,16 @@ def test_interrupted_index_is_not_taken_for_one_of_another_kind(
     assert contents(tmp_path) == contents(whole("on disk"))
 
 
-def test_index_on_disk_moves_to_memory(
-    cache_path: Path, whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_index_on_disk_moves_to_memory(cache_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupt_at("write_card", cache_path, tmp_path / "index", "on disk", monkeypatch)
     for name in ("index", "anew"):
         build(cache_path, tmp_path / name, "codes", factory="IVF4,SQfp16")
     assert contents(tmp_path / "index") == contents(tmp_path / "anew")
-    (tmp_path / "index" / "card.json").unlink()  # then the index is built again
+
+
+def test_index_whose_card_was_deleted_is_built_again(cache_path: Path, whole: Whole, tmp_path: Path) -> None:
+    shutil.copytree(whole("exact"), tmp_path / "index")
+    (tmp_path / "index" / "card.json").unlink()
     build(cache_path, tmp_path / "index", "codes")
     assert contents(tmp_path / "index") == contents(whole("codes"))
 
@@ -308,10 +304,15 @@ def test_unfinished_index_of_another_feature_raises(cache_path: Path, tmp_path: 
         build_index(cache_path, tmp_path, IndexSettings(feature="open_toy/cls", width=5))
 
 
-def test_build_on_other_samples_raises(two_caches: list[Path], tmp_path: Path) -> None:
-    build(two_caches[0], tmp_path / "index", "exact")
+def test_build_on_other_samples_raises(tmp_path: Path) -> None:
+    cache = write_cache(tmp_path, 20)
+    build(cache, tmp_path / "index", "exact")
+    shutil.rmtree(cache)
+    shutil.rmtree(tmp_path / "source")
+    write_images(tmp_path / "source", 30, seed=3)
+    extract(open_source(tmp_path / "source"), cache, image_encoder=[IMAGE])
     with pytest.raises(FingerprintError, match="samples"):
-        build(two_caches[1], tmp_path / "index", "exact")
+        build(cache, tmp_path / "index", "exact")
 
 
 def test_concurrent_builds_build_once(cache_path: Path, whole: Whole, tmp_path: Path) -> None:
@@ -364,11 +365,19 @@ def test_index_on_disk_equals_one_in_memory(cache_path: Path, whole: Whole, tmp_
     assert found[0][0].key == "00007"
 
 
+def test_kinds_without_lists_do_not_go_to_disk(cache_path: Path, tmp_path: Path) -> None:
+    for factory in ("Flat", "HNSW8", "SQ8"):
+        with pytest.raises(SettingError, match="lists"):
+            build(cache_path, tmp_path / factory, "exact", factory=factory, on_disk=True)
+
+
 def test_damage_is_found_when_an_index_is_opened(cache_path: Path, whole: Whole, tmp_path: Path) -> None:
     for kind in ("exact", "on disk"):
         for number, name in enumerate(read_card(whole(kind)).files):
             copy = Path(shutil.copytree(whole(kind), tmp_path / f"{kind} {number}"))
-            flip(copy / name)
+            data = bytearray((copy / name).read_bytes())
+            data[-1] ^= 1
+            exchange(copy / name, data)
             for read in (opened, lambda path: verify_index(path, read_card(path))):
                 with pytest.raises(CorruptError, match=rf"{name}: expected checksum .* build it again"):
                     read(copy)
@@ -385,7 +394,9 @@ def test_large_indexes_are_compared_by_verify_alone(
 ) -> None:
     copy = Path(shutil.copytree(whole("on disk"), tmp_path / "index"))
     name = list(read_card(copy).files)[2]
-    flip(copy / name)
+    data = bytearray((copy / name).read_bytes())
+    data[-1] ^= 1
+    exchange(copy / name, data)
     monkeypatch.setattr("embedcache.search.faiss_index._COMPARED_BYTES", read_card(copy).file_bytes - 1)
     announce.cache_clear()
     with caplog.at_level(logging.INFO, "embedcache.processes"):
@@ -393,7 +404,7 @@ def test_large_indexes_are_compared_by_verify_alone(
     assert f"not compared with its checksums; to do so: embedcache verify {copy}" in caplog.text
     with pytest.raises(CorruptError, match=name):
         verify_index(copy, read_card(copy))
-    exchange(copy / name, (copy / name).read_bytes()[:-1])  # mapped, its end would kill the process
+    exchange(copy / name, data[:-1])  # mapped, its end would kill the process
     with pytest.raises(CorruptError, match="bytes"):
         opened(copy)
 
@@ -405,7 +416,9 @@ def test_damaged_files_are_not_extended(tmp_path: Path, kind: str) -> None:
     write_cache(tmp_path, 70)
     for number, path in enumerate(sorted((tmp_path / "index").glob("index-*"))):
         copy = Path(shutil.copytree(tmp_path / "index", tmp_path / f"index {number}"))
-        flip(copy / path.name)
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        (copy / path.name).write_bytes(data)
         with pytest.raises(CorruptError, match="build it again"):
             build(cache, copy, kind)
 
@@ -414,18 +427,22 @@ def test_damaged_files_are_not_extended(tmp_path: Path, kind: str) -> None:
 def test_damaged_checkpoint_is_named(cache_path: Path, whole: Whole, tmp_path: Path, kind: str) -> None:
     interrupt(cache_path, tmp_path, kind)
     for path in [*tmp_path.glob("*.faiss"), *tmp_path.glob("*.npy")]:
-        flip(path)
-        with pytest.raises(CorruptError, match=r"delete .*building\.json"):
+        before = path.read_bytes()
+        path.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+        with pytest.raises(CorruptError, match=r"delete .*building\.json to begin again"):
             build(cache_path, tmp_path, kind)
-        flip(path)
-    state = tmp_path / "building.json"
-    for content in ("[]", "null", "{}", '{"source": {}, "files": 3}'):
-        state.write_text(content)
-        with pytest.raises(CorruptError, match=r"building\.json"):
-            build(cache_path, tmp_path, kind)
-    state.unlink()
+        path.write_bytes(before)
+    (tmp_path / "building.json").unlink()
     build(cache_path, tmp_path, kind)
     assert contents(tmp_path) == contents(whole(kind))
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "{}", '{"source": {}, "files": 3}'])
+def test_damaged_state_of_an_unfinished_index_is_named(cache_path: Path, tmp_path: Path, content: str) -> None:
+    interrupt(cache_path, tmp_path, "exact")
+    (tmp_path / "building.json").write_text(content)
+    with pytest.raises(CorruptError, match=r"building\.json"):
+        build(cache_path, tmp_path, "exact")
 
 
 def test_card_of_another_index_is_refused(whole: Whole, tmp_path: Path) -> None:

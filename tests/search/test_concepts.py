@@ -126,6 +126,23 @@ def test_labeled_images_may_have_a_column_class(tmp_path: Path) -> None:
     assert open_concepts(path, Vectors(path, "image", "open_toy/cls")).names == ["x"]  # there are no prompts
 
 
+def test_incomparable_concepts_raise(
+    cache_path: Path, prompts: Path, labeled: Path, run_path: Path, tmp_path: Path
+) -> None:
+    images, texts = Vectors(cache_path, "image", "open_toy/cls"), Vectors(cache_path, "text", "open_toy/mean")
+    other = prompt_cache(tmp_path, NAMES, f"{TEXT},scale=2")
+    wrong: list[tuple[Path, Vectors, dict[str, Any], type[EmbedcacheError], str]] = [
+        (prompts, images, {}, DataError, "prompts"),
+        (labeled, texts, {}, UnknownNameError, "text features"),
+        (labeled, images, {"label": "labl"}, UnknownNameError, "labl"),
+        (other, texts, {}, FingerprintError, "weights"),
+        (other, Vectors(cache_path, "image", run_path=run_path), {}, FingerprintError, "run's text"),
+    ]
+    for path, pool, options, error, word in wrong:
+        with pytest.raises(error, match=word):
+            open_concepts(path, pool, **options)
+
+
 def test_names_of_a_file_are_encoded_once(
     cache_path: Path, run_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -151,6 +168,19 @@ def test_names_of_a_file_are_encoded_once(
     assert open_concepts(folder, pool).names == NAMES
 
 
+def test_names_that_cannot_be_compared_write_nothing(cache_path: Path, run_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text("red\n\nblue")
+    wrong: list[tuple[str, Vectors, type[EmbedcacheError]]] = [
+        ("names.txt", Vectors(cache_path, "image", "open_toy/cls"), DataError),
+        ("names.txt", Vectors(cache_path, "image", run_path=run_path), SourceError),
+        ("none.txt", Vectors(cache_path, "image", run_path=run_path), PathError),
+    ]
+    for name, pool, error in wrong:
+        with pytest.raises(error, match=r"\.txt"):
+            open_concepts(tmp_path / name, pool)
+    assert [path.name for path in tmp_path.iterdir()] == ["names.txt"]
+
+
 def test_repeated_names_are_refused_or_joined(cache_path: Path, tmp_path: Path) -> None:
     names = ["red", "blue", "green", "white", "black", "yellow"]
     cache, pool = Cache(prompt_cache(tmp_path, names * 2)), Vectors(cache_path, "text", "open_toy/mean")
@@ -162,45 +192,24 @@ def test_repeated_names_are_refused_or_joined(cache_path: Path, tmp_path: Path) 
     np.testing.assert_allclose(concepts.vectors, normalize(texts.mean(axis=(0, 2))), atol=1e-6)
 
 
-def test_wrong_concepts_raise(cache_path: Path, prompts: Path, labeled: Path, run_path: Path, tmp_path: Path) -> None:
-    images, texts = Vectors(cache_path, "image", "open_toy/cls"), Vectors(cache_path, "text", "open_toy/mean")
-    projected = Vectors(cache_path, "image", run_path=run_path)
-    for name in ("other", "broken"):
-        (tmp_path / name).mkdir()
-    other = prompt_cache(tmp_path / "other", NAMES, f"{TEXT},scale=2")
-    broken = labeled_cache(tmp_path / "broken", 2, broken=["00001"])
-    (tmp_path / "blank.csv").write_text("class,caption\nred,red\nblue,\n")
-    extract(open_source(tmp_path / "blank.csv"), tmp_path / "blank", text_encoder=[TEXT])
-
+def test_examples_that_cancel_and_missing_labels_raise(tmp_path: Path) -> None:
     unit = np.eye(8, dtype=np.float16)[[0, 1, 2, 2, 3, 4]]
     unit[3] *= -1
     labels: list[object] = ["a", "a", "b", "b", None, ""]
     tree = write_tree(tmp_path / "tree", unit, label=labels, none=[None, "", None, "", None, ""])
-    opposite, _ = import_files(open_vectors("clip-retrieval", tree), tmp_path / "opposite")
-    own = Vectors(opposite.path, "image")
+    cache, _ = import_files(open_vectors("clip-retrieval", tree), tmp_path / "cache")
+    with pytest.raises(DataError, match="zero"):
+        open_concepts(cache.path, Vectors(cache.path, "image"))
+    with pytest.raises(DataError, match="none"):
+        open_concepts(cache.path, Vectors(cache.path, "image"), label="none")
 
-    wrong: list[tuple[Path, Vectors, dict[str, Any], type[EmbedcacheError], str]] = [
-        (prompts, images, {}, DataError, "prompts"),
-        (labeled, texts, {}, UnknownNameError, "text features"),
-        (labeled, images, {"label": "labl"}, UnknownNameError, "labl"),
-        (other, texts, {}, FingerprintError, "weights"),
-        (other, projected, {}, FingerprintError, "run's text"),
-        (opposite.path, own, {}, DataError, "zero"),
-        (opposite.path, own, {"label": "none"}, DataError, "none"),
-        (tmp_path / "blank", texts, {}, DataError, "blue"),
-        (broken, images, {}, DataError, "label"),
-    ]
-    for path, pool, options, error, word in wrong:
-        with pytest.raises(error, match=word):
-            open_concepts(path, pool, **options)
 
-    (tmp_path / "names.txt").write_text("red\n\nblue")
-    before = set(tmp_path.iterdir())
-    for name, pool, error in (
-        ("names.txt", images, DataError),
-        ("names.txt", projected, SourceError),
-        ("none.txt", projected, PathError),
-    ):
-        with pytest.raises(error, match=r"\.txt"):
-            open_concepts(tmp_path / name, pool)
-    assert set(tmp_path.iterdir()) == before
+def test_concept_without_example_raises(cache_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text("class,caption\nred,red\nblue,\n")
+    extract(open_source(tmp_path / "p.csv"), tmp_path / "prompts", text_encoder=[TEXT])
+    with pytest.raises(DataError, match="blue"):
+        open_concepts(tmp_path / "prompts", Vectors(cache_path, "text", "open_toy/mean"))
+    reds = [f"{number:05d}" for number in range(60)]
+    broken = Cache(labeled_cache(tmp_path, 2, broken=reds[1:]))
+    with pytest.raises(DataError, match="label"):
+        open_concepts(broken.path, Vectors(cache_path, "image", "open_toy/cls"))

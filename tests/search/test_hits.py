@@ -1,6 +1,7 @@
 """Hits as a table and as they are shown in a notebook: escaped, with few images, and none outside of the source."""
 
 import re
+import runpy
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from embedcache.errors import MissingExtraError
 from embedcache.extract.extract import extract
 from embedcache.reports.items import ItemRenderer
+from embedcache.search import search as hits_module
 from embedcache.search.queries import Queries
 from embedcache.search.search import Hit, HitReader, Hits, OpenIndex, SearchResults, search
 from embedcache.sources import open_source
@@ -80,15 +82,26 @@ def test_hits_name_files_that_keys_do_not_name(tmp_path: Path) -> None:
     assert ItemRenderer(Cache(tmp_path / "cache"), "image").render(1).text == "captions/1 · 00001.png"
 
 
-def test_data_frame_has_a_row_per_hit(results: SearchResults, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_frame_has_a_row_per_hit(results: SearchResults) -> None:
     frame = results.to_pandas()
     assert frame["key"].tolist() == [hit.key for hits in results for hit in hits]
     assert frame["query"][:20].tolist() == ["<b>red</b>"] * 20
     assert list(results[0].to_pandas().columns) == list(frame.columns)[1:]
     assert list(SearchResults().to_pandas().columns) == list(frame.columns)
+
+
+def test_data_frame_needs_pandas(results: SearchResults, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pandas", None)
-    with pytest.raises(MissingExtraError, match="pandas"):
+    with pytest.raises(MissingExtraError, match=r"pip install pandas"):
         results.to_pandas()
+    assert "HitReader" in runpy.run_path(str(hits_module.__file__))  # nothing else needs it
+
+
+@pytest.mark.slow
+def test_notebook_shows_thumbnails_of_some(results: SearchResults) -> None:
+    page = results._repr_html_()
+    assert page.count("data:image/webp;base64,") == 8 * 12
+    assert results[0]._repr_html_().count("<img") == 12
 
 
 def test_strange_captions_are_text(results: SearchResults) -> None:

@@ -82,6 +82,13 @@ def test_index_of_a_smaller_width(cache_path: Path, run_path: Path, tmp_path: Pa
         build_index(cache_path, tmp_path / "other", IndexSettings(run=run_path, width=17))
 
 
+def test_plain_index_of_a_smaller_width(cache_path: Path, tmp_path: Path) -> None:
+    build_index(cache_path, tmp_path / "index", IndexSettings(feature="open_toy/cls", width=3))
+    values = normalize(Cache(cache_path).feature("image", "open_toy/cls").load()[:, :3])
+    (hits,) = search(tmp_path / "index", Queries(rows=[4]), SearchSettings(k=4))
+    np.testing.assert_allclose([hit.score for hit in hits], np.sort(values @ values[4])[::-1][:4], atol=1e-5)
+
+
 def test_cache_of_an_index_may_be_a_url(cache_path: Path, tmp_path: Path) -> None:
     build_index(cache_path, tmp_path / "index", IndexSettings(feature="open_toy/cls"))
     for url, given in ((f"file://{cache_path}", None), ("file:///nowhere", cache_path)):
@@ -113,10 +120,6 @@ def test_invalid_settings_raise(cache_path: Path, tmp_path: Path) -> None:
         ({"feature": "open_toy/cls", "factory": "HNS32"}, SettingError, "HNS32"),
         ({"feature": "open_toy/cls", "factory": "Flat", "memory": 10**6}, SettingError, "both"),
         ({"feature": "open_toy/patches"}, DataError, "patches"),
-        *(
-            ({"feature": "open_toy/cls", "factory": factory, "on_disk": True}, SettingError, "lists")
-            for factory in ("Flat", "HNSW8", "SQ8")
-        ),
     ):
         with pytest.raises(error, match=word):
             build_index(cache_path, tmp_path / "x", **options)

@@ -3,7 +3,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from embedcache.arrays import Inputs, normalize
+from embedcache.arrays import Array, Inputs, normalize
 from embedcache.dataset.inputs import open_input
 from embedcache.dataset.selections import Selection, write_selection
+from embedcache.dataset.settings import SplitSettings
 from embedcache.dataset.splits import read_split, write_split
 from embedcache.dataset.vectors import Vectors
+from embedcache.encoders.open import EncoderSpec
 from embedcache.errors import (
     CorruptError,
     DataError,
@@ -45,13 +47,14 @@ from embedcache.search.settings import Filter, IndexSettings, SearchSettings
 from embedcache.settings import replace_fields
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
+from embedcache.train.settings import ModelSettings, OptimizerSettings, TrainSettings
+from embedcache.train.train import train
 from embedcache.vectors.opening import open_vectors
 from tests.edits import edit_record
 from tests.evaluate.test_retrieval import train_run
 from tests.images import write_images
 from tests.recorded import RecordedProgress
 from tests.toy import IMAGE, TEXT, ToyTexts
-from tests.train.runs import run as train_small
 from tests.vectors.cases import import_files, unit_rows, write_tree
 
 
@@ -117,45 +120,78 @@ def test_vector_of_a_key_is_that_of_the_feature(cache_path: Path, run_path: Path
 
 @pytest.mark.slow
 def test_search_with_token_run(cache_path: Path, tmp_path: Path) -> None:
-    train_small(cache_path, tmp_path / "run", image="open_toy/patches", text="open_toy/tokens", projector="token")
+    settings = TrainSettings(
+        model=ModelSettings(projector="token", shared_width=16),
+        optimizer=OptimizerSettings(epochs=2, batch_size=64),
+        split=SplitSettings(kind="key"),
+    )
+    train(
+        cache_path,
+        tmp_path / "run",
+        feature={"image": "open_toy/patches", "text": "open_toy/tokens"},
+        settings=settings,
+    )
     assert build_index(cache_path, tmp_path / "index", IndexSettings(run=tmp_path / "run")).num_vectors == 300
-    cache, rows = Cache(cache_path), np.arange(300)
+    cache = Cache(cache_path)
     pair = Run.open(tmp_path / "run").pair
+    queries = cache.items("text")["text"].to_pylist()[:2]
+    rows = np.arange(300)
     images = project(pair.tower("image"), open_input(cache, "image", "open_toy/patches").read(rows))
     vectors = project(pair.tower("text"), open_input(cache, "text", "open_toy/tokens").read(rows[:2]))
-    found = search(tmp_path / "index", cache.items("text")["text"].to_pylist()[:2], SearchSettings(k=3))
-    for query, hits in zip(vectors, found, strict=True):
+    for query, hits in zip(vectors, search(tmp_path / "index", queries, SearchSettings(k=3)), strict=True):
         np.testing.assert_allclose([hit.score for hit in hits], np.sort(images @ query)[::-1][:3], atol=2e-3)
 
 
 @pytest.mark.slow
-def test_index_of_other_samples_or_of_another_encoder_raises(tmp_path: Path) -> None:
-    for name, count, seed in (("cache", 30, 0), ("other", 30, 5)):
-        source = write_images(tmp_path / f"{name}-source", count, seed=seed)
-        extract(open_source(source), tmp_path / name, text_encoder=[TEXT])
-    index = tmp_path / "index"
-    build_index(tmp_path / "cache", index, IndexSettings(modality="text"))
+def test_search_on_other_samples_raises(cache_path: Path, tmp_path: Path) -> None:
+    shutil.copytree(cache_path, tmp_path / "cache")
+    build_index(tmp_path / "cache", tmp_path / "index", IndexSettings(feature="open_toy/mean", modality="text"))
+    shutil.rmtree(tmp_path / "cache")
+    source = open_source(write_images(tmp_path / "s", 30, seed=5))
+    extract(source, tmp_path / "cache", text_encoder=[TEXT])
     with pytest.raises(FingerprintError, match="samples"):
-        search(index, ["red"], SearchSettings(cache=tmp_path / "other"))
-    edit_record(index / "card.json", spec=f"{TEXT},scale=2")  # as if the weights had changed
+        search(tmp_path / "index", ["red"])
+
+
+def test_search_with_changed_encoder_raises(tmp_path: Path) -> None:
+    source = open_source(write_images(tmp_path / "s", 30))
+    extract(source, tmp_path / "c", text_encoder=[TEXT])
+    build_index(tmp_path / "c", tmp_path / "index", IndexSettings(modality="text"))
+    edit_record(tmp_path / "index" / "card.json", spec=f"{TEXT},scale=2")  # as if the weights had changed
     with pytest.raises(FingerprintError, match="weights"):
-        search(index, ["red"])
+        search(tmp_path / "index", ["red"])
+
+
+class WholeTexts(ToyTexts):
+    """An encoder of texts for which the spaces around one matter."""
+
+    def prepare(self, items: Sequence[str]) -> list[Array]:
+        return super().prepare([re.sub(r"\s", "_", text) for text in items])
+
+
+def open_whole_texts(spec: EncoderSpec, **_: object) -> WholeTexts:
+    return WholeTexts(1, 0)
 
 
 @pytest.mark.slow
-def test_spaces_around_a_text_change_nothing(
-    image_folder: Path, run_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Not even with an encoder of texts for which the spaces around one matter."""
-    prepare = ToyTexts.prepare
-    monkeypatch.setattr(ToyTexts, "prepare", lambda self, items: prepare(self, [re.sub(r"\s", "_", t) for t in items]))
-    extract(open_source(image_folder), tmp_path / "cache", text_encoder=[TEXT], limit=30)
-    caption = Cache(tmp_path / "cache").items("text")["text"][5].as_py()
-    build_index(tmp_path / "cache", tmp_path / "index", IndexSettings(modality="text"))
-    (hits,) = search(tmp_path / "index", [f"  {caption}\n"], SearchSettings(k=1))
+def test_spaces_around_a_text_change_nothing(image_folder: Path, tmp_path: Path) -> None:
+    """They are no part of captions, either."""
+    cache, run, index = (tmp_path / name for name in ("cache", "run", "index"))
+    spec = "tests.search.test_search:open_whole_texts"
+    extract(open_source(image_folder), cache, image_encoder=[IMAGE], text_encoder=[spec], limit=30)
+    caption = Cache(cache).items("text")["text"][5].as_py()
+    build_index(cache, index, IndexSettings(modality="text"))
+    (hits,) = search(index, [f"  {caption}\n"], SearchSettings(k=1))
     assert hits[0].score == pytest.approx(1, abs=1e-3)
-    model = load(run_path)
+    train(cache, run, split="key", epochs=0, projector="linear", shared_width=4)
+    model = load(run)
     np.testing.assert_array_equal(model.encode_text(f"  {caption}\n"), model.encode_text(caption))
+
+
+def test_search_with_other_run_raises(cache_path: Path, index_path: Path, tmp_path: Path) -> None:
+    other = train_run(cache_path, tmp_path / "other", seed=1)
+    with pytest.raises(FingerprintError, match="weights"):
+        search(index_path, ["red"], SearchSettings(run=other))
 
 
 @pytest.mark.slow
@@ -171,6 +207,21 @@ def test_search_after_move(cache_path: Path, tmp_path: Path) -> None:
         search(tmp_path / "index", ["red bar"])
     there = SearchSettings(k=3, run=tmp_path / "there" / "run", cache=tmp_path / "there" / "cache")
     assert search(tmp_path / "index", ["red bar"], there) == before
+
+
+def test_invalid_search_raises(index_path: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(index_path, tmp_path / "other"))
+    card = json.loads((other / "card.json").read_text())
+    (other / "card.json").write_text(json.dumps({**card, "format": 9}))
+    for path, queries, error, word in (
+        (index_path, [], SettingError, "query"),
+        (index_path, ["red", " "], DataError, "empty"),
+        (tmp_path / "no", ["red"], PathError, "exist"),
+        (other, ["red"], ValueError, "index format 9"),
+        (index_path, Queries(rows=[300]), UnknownNameError, "300"),
+    ):
+        with pytest.raises(error, match=word):
+            search(path, queries)
 
 
 def test_query_images_keys_and_vectors(cache_path: Path, image_folder: Path, run_path: Path, index_path: Path) -> None:
@@ -230,81 +281,49 @@ def test_query_concept_of_other_encoder_raises(cache_path: Path, concepts: Path,
         search(tmp_path / "index", Queries(concepts=["sky"], concept_cache=tmp_path / "other"))
 
 
-def test_wrong_requests_raise(
-    cache_path: Path, index_path: Path, labeled_index: Path, concepts: Path, run_path: Path, tmp_path: Path
-) -> None:
+def test_query_concept_may_be_a_name_of_a_file(index_path: Path, tmp_path: Path) -> None:
+    names = tmp_path / "names.txt"
+    names.write_text("red\nblue")
+    extract(open_source(f"prompts:{names}"), tmp_path / "prompts", text_encoder=[TEXT])
+    hits, expected = (
+        search(index_path, Queries(concepts=["red", "blue"], concept_cache=path), SearchSettings(k=3))
+        for path in (names, tmp_path / "prompts")
+    )
+    assert [list(found) for found in hits] == [list(found) for found in expected]
+    assert list(hits[0]) != list(hits[1])
+
+
+def test_invalid_queries_raise(index_path: Path, concepts: Path, tmp_path: Path) -> None:
     index = OpenIndex(index_path)
-    other_run = train_run(cache_path, tmp_path / "run", seed=1)
-    later = Path(shutil.copytree(index_path, tmp_path / "later"))
-    card = json.loads((later / "card.json").read_text())
-    (later / "card.json").write_text(json.dumps({**card, "format": 9}))
-    red = Queries(concepts=["red"], concept_cache=concepts)
-    text = tmp_path / "text.npy"
-    text.write_bytes(b"no array")
-    np.save(text.with_name("complex.npy"), np.full((2, 16), 1j))
-
-    wrong: list[tuple[Callable[[], object], type[Exception], str]] = [
-        (lambda: search(index_path, []), SettingError, "query"),
-        (lambda: search(index_path, ["red", " "]), DataError, "empty"),
-        (lambda: search(tmp_path / "no", ["red"]), PathError, "exist"),
-        (lambda: search(later, ["red"]), ValueError, "index format 9"),
-        (lambda: search(index_path, ["red"], SearchSettings(run=other_run)), FingerprintError, "weights"),
-        (lambda: OpenIndex(labeled_index, run=run_path), FingerprintError, "run"),
-        (lambda: search(labeled_index, Queries(texts=["red"])), DataError, "open_toy/cls"),
-        (lambda: search(labeled_index, red), DataError, "open_toy/cls"),
-        (lambda: index.search(red, k=0), SettingError, "got 0"),
-        (lambda: index.search(red, k=301), SettingError, "got 301"),
-        (lambda: index.search(Queries(rows=[300])), UnknownNameError, "300"),
-        (lambda: index.search(Queries(keys=["00001", "x"])), UnknownNameError, "'x'"),
-        (lambda: index.search(Queries(images=[tmp_path / "no.png"])), PathError, "no.png"),
-        (lambda: index.search(Queries(concepts=["rad"], concept_cache=concepts)), UnknownNameError, "rad"),
-        (lambda: index.search(Queries(vectors=np.ones(15))), DataError, r"\(1, 15\)"),
-        (lambda: index.search(Queries(vectors=np.ones((2, 16, 16)))), DataError, r"\(2, 16, 16\)"),
-        (lambda: index.search(Queries(vectors=np.eye(17, 16))), DataError, "row 16"),
-        (lambda: index.search(Queries(vectors=np.full((2, 16), np.nan))), DataError, "NaN"),
-        (lambda: read_vectors(tmp_path / "no.npy"), PathError, "no.npy"),
-        (lambda: read_vectors(text), CorruptError, "text.npy"),
-        (lambda: read_vectors(text.with_name("complex.npy")), CorruptError, "complex128"),
-        (lambda: index.search_vectors(np.ones(16)), DataError, "expected"),
-        (lambda: index.search_vectors(np.ones((2, 15))), DataError, "15"),
-        (lambda: index.search_vectors(np.full((2, 16), np.nan)), DataError, "finite"),
-    ]
-    for call, error, word in wrong:
-        with pytest.raises(error, match=word):
-            call()
-
-
-def test_queries_of_another_type_raise() -> None:
     wrong: list[tuple[dict[str, Any], type[EmbedcacheError], str]] = [
-        ({"texts": [None]}, DataError, "texts"),
-        ({"keys": [3]}, DataError, "keys"),
-        ({"concepts": 3}, DataError, "concepts"),
-        ({"images": 3}, DataError, "items"),
-        ({"rows": [0, 1.5]}, DataError, "1.5"),
-        ({"rows": [float("inf")]}, DataError, "inf"),
-        ({"rows": [True]}, DataError, "True"),
-        ({"rows": [1, 2**70]}, DataError, "64 bits"),
-        ({"vectors": ["a"] * 32}, DataError, "vectors"),
-        ({"vectors": [[1], [1, 2]]}, DataError, "vectors"),
-        ({"concepts": ["red", "sky"]}, SettingError, "red"),
+        ({"keys": ["00001", "x"]}, UnknownNameError, "'x'"),
+        ({"images": [tmp_path / "no.png"]}, PathError, "no.png"),
+        ({"vectors": np.ones(15)}, DataError, r"\(1, 15\)"),
+        ({"vectors": np.ones((2, 16, 16))}, DataError, r"\(2, 16, 16\)"),
+        ({"vectors": np.eye(17, 16)}, DataError, "row 16"),
+        ({"vectors": np.full((2, 16), np.nan)}, DataError, "NaN"),
+        ({"concepts": ["rad"], "concept_cache": concepts}, UnknownNameError, "rad"),
     ]
     for options, error, word in wrong:
         with pytest.raises(error, match=word):
-            Queries(**options)
+            index.search(Queries(**options))
+    for vectors, word in ((np.ones(16), "expected"), (np.ones((2, 15)), "15"), (np.full((2, 16), np.nan), "finite")):
+        with pytest.raises(DataError, match=word):
+            index.search_vectors(vectors)
 
 
-def test_modalities_that_can_be_compared(index_path: Path, labeled_index: Path) -> None:
-    projected, plain = OpenIndex(index_path).query_encoder, OpenIndex(labeled_index).query_encoder
-    assert [projected.rejection(name) for name in ("image", "text")] == [None, None]
-    assert "image and text" in str(projected.rejection("audio"))
-    assert plain.rejection("image") is None
-    assert "open_toy/cls" in str(plain.rejection("text"))
-
-
-@pytest.mark.parametrize(("k", "num_hits"), [(None, 10), (1, 1), (300, 300)])
-def test_number_of_results(index_path: Path, k: int | None, num_hits: int) -> None:
-    found = OpenIndex(index_path).search(Queries(keys=["00005", "00000"]), k=k)
-    assert [len(hits) for hits in found] == [num_hits] * 2
+def test_files_of_vectors(tmp_path: Path) -> None:
+    path = tmp_path / "v.npy"
+    with pytest.raises(PathError, match="v.npy"):
+        read_vectors(path)
+    path.write_bytes(b"no array")
+    with pytest.raises(CorruptError, match="v.npy"):
+        read_vectors(path)
+    np.save(path, np.full((2, 16), 1j))
+    with pytest.raises(CorruptError, match="complex128"):
+        read_vectors(path)
+    np.save(path, np.eye(2, 3))
+    assert read_vectors(path).dtype == np.float32
 
 
 def test_names_of_queries(image_folder: Path) -> None:
@@ -325,9 +344,49 @@ def test_names_of_queries(image_folder: Path) -> None:
     assert Queries(keys=(key for key in "ab"), rows=3).names == ["a", "b", "row 3"]
 
 
-def test_vectors_are_read_as_float32(tmp_path: Path) -> None:
-    np.save(tmp_path / "v.npy", np.eye(2, 3))
-    assert read_vectors(tmp_path / "v.npy").dtype == np.float32
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"texts": [None]}, "texts"),
+        ({"keys": [3]}, "keys"),
+        ({"concepts": 3}, "concepts"),
+        ({"images": 3}, "items"),
+        ({"rows": [0, 1.5]}, "1.5"),
+        ({"rows": [float("inf")]}, "inf"),
+        ({"rows": [True]}, "True"),
+        ({"rows": [1, 2**70]}, "64 bits"),
+        ({"vectors": ["a"] * 32}, "vectors"),
+        ({"vectors": [[1], [1, 2]]}, "vectors"),
+    ],
+)
+def test_queries_of_another_type_raise(options: dict[str, Any], word: str) -> None:
+    with pytest.raises(DataError, match=word):
+        Queries(**options)
+    with pytest.raises(SettingError, match="red"):
+        Queries(concepts=["red", "sky"])
+
+
+@pytest.mark.slow
+def test_number_of_results(index_path: Path) -> None:
+    index, queries = OpenIndex(index_path), Queries(keys=["00005", "00000"])
+    for k, found in ((None, 10), (1, 1), (300, 300)):
+        assert [len(hits) for hits in index.search(queries, k=k)] == [found] * 2
+    for k in (0, 301):
+        with pytest.raises(SettingError, match=f"got {k}"):
+            index.search(queries, k=k)
+
+
+def test_modalities_that_can_be_compared(index_path: Path, labeled_index: Path, concepts: Path, run_path: Path) -> None:
+    projected, plain = OpenIndex(index_path).query_encoder, OpenIndex(labeled_index).query_encoder
+    assert [projected.rejection(name) for name in ("image", "text")] == [None, None]
+    assert "image and text" in str(projected.rejection("audio"))
+    assert plain.rejection("image") is None
+    assert "open_toy/cls" in str(plain.rejection("text"))
+    for queries in (Queries(texts=["red"]), Queries(concepts=["red"], concept_cache=concepts)):
+        with pytest.raises(DataError, match="open_toy/cls"):
+            search(labeled_index, queries)
+    with pytest.raises(FingerprintError, match="run"):
+        OpenIndex(labeled_index, run=run_path)
 
 
 def test_keys_without_an_indexed_item_are_named(tmp_path: Path) -> None:
@@ -413,21 +472,26 @@ def test_part_of_run_split(cache_path: Path, run_path: Path, index_path: Path, t
 
 
 @pytest.mark.slow
-def test_language(in_two_languages: Path) -> None:
-    ask, german = Queries(keys=["00000"]), SearchSettings(filter=Filter(language=("de",)))
-    (hits,) = search(in_two_languages / "image", ask, german)
+def test_language(tmp_path: Path) -> None:
+    write_images(tmp_path / "photos", 12)
+    for path in sorted((tmp_path / "photos").glob("*.txt"))[:4]:
+        path.with_suffix(".json").write_text(json.dumps({"caption": f"rot {path.stem}", "language": "de"}))
+    extract(open_source(tmp_path / "photos"), tmp_path / "cache", image_encoder=[IMAGE], text_encoder=[TEXT])
+    for modality in ("image", "text"):
+        build_index(tmp_path / "cache", tmp_path / modality, IndexSettings(modality=modality))
+    ask = Queries(keys=["00000"])
+    (hits,) = search(tmp_path / "image", ask, SearchSettings(filter=Filter(language=("de",))))
     assert sorted(hit.row for hit in hits) == [0, 1, 2, 3]
     assert all(list(hit.captions) == [f"rot {hit.key}"] for hit in hits)
-    (hits,) = search(in_two_languages / "text", ask, german)
+    (hits,) = search(tmp_path / "text", ask, SearchSettings(filter=Filter(language=("de",))))
     assert sorted(hit.captions[0] for hit in hits) == [f"rot 0000{number}" for number in range(4)]
-    assert CacheFilters(Cache(in_two_languages / "cache"), "image").values("language") == {"de": 4}
-
-    (hits,) = search(in_two_languages / "image", ask)  # captions of other languages are folded
+    assert CacheFilters(Cache(tmp_path / "cache"), "image").values("language") == {"de": 4}
+    (hits,) = search(tmp_path / "image", ask)  # captions of other languages are folded
     assert hits[0].languages == ["de", None]
     assert hits[0].captions == ["rot 00000"]
     assert all(hit.languages == [None] and len(hit.captions) == 1 for hit in hits if hit.row > 3)
     with pytest.raises(UnknownNameError, match="fr"):
-        search(in_two_languages / "image", ask, SearchSettings(filter=Filter(language=("fr",))))
+        search(tmp_path / "image", ask, SearchSettings(filter=Filter(language=("fr",))))
 
 
 def test_invalid_filters_raise(labeled: Path, labeled_index: Path, tmp_path: Path) -> None:
@@ -489,22 +553,23 @@ def test_values_are_counted_with_those_that_no_item_has(captioned: Path, labeled
 
 
 def test_missing_columns_and_captions_are_named(cache_path: Path, run_path: Path, tmp_path: Path) -> None:
-    tree = write_tree(tmp_path / "tree", unit_rows(3))
-    bare, _ = import_files(open_vectors("clip-retrieval", tree), tmp_path / "cache")
-    for filters, missing in (
-        (CacheFilters(bare, "image"), {"label", "split", "language"}),
-        (CacheFilters(bare, "image", tmp_path), {"label", "split", "language"}),
-        (CacheFilters(Cache(cache_path), "image", run_path), {"label", "language"}),
+    cache, _ = import_files(
+        open_vectors("clip-retrieval", write_tree(tmp_path / "tree", unit_rows(3))), tmp_path / "cache"
+    )
+    without_languages = CacheFilters(Cache(cache_path), "image", run_path)
+    for filters in (
+        CacheFilters(cache, "image"),
+        CacheFilters(cache, "image", tmp_path),
     ):
-        conditions = {
-            "label": Filter(label_value=("cat",)),
-            "split": Filter(part=("val",)),
-            "language": Filter(language=("de",)),
-        }
-        for name in missing:
-            assert filters.values(name) == {}
+        assert [filters.values(name) for name in ("label", "split", "language")] == [{}, {}, {}]
+        for condition in (Filter(label_value=("cat",)), Filter(part=("val",)), Filter(language=("de",))):
             with pytest.raises(UnknownNameError):
-                filters.mask(conditions[name])
+                filters.mask(condition)
+    assert without_languages.values("label") == {}
+    assert sum(without_languages.values("split").values()) == 300
+    for condition in (Filter(label_value=("cat",)), Filter(language=("en",))):
+        with pytest.raises(UnknownNameError):
+            without_languages.mask(condition)
 
 
 def test_a_fraction_of_the_items_is_searched_more_thoroughly(

@@ -16,6 +16,7 @@ from embedcache.search.faiss_index import RowIndex, make_index
 from embedcache.search.index import (
     QuerySet,
     draw_query_set,
+    drop_own,
     make_query_set,
     measure_index,
     measure_latency_ms,
@@ -56,6 +57,11 @@ def test_recall_counts_ties() -> None:
     query_set = make_query_set(vectors[:1], [(np.arange(60), vectors)], own=None)
     assert query_set.recall(np.arange(15, 25)[None], 10) == 1
     assert query_set.recall(np.arange(25, 35)[None], 10) == 0.5
+
+
+def test_drop_own() -> None:
+    rows = np.array([[4, 7, 9], [1, 2, 3]])
+    assert drop_own(rows, np.array([7, 7])).tolist() == [[4, 9], [1, 2]]
 
 
 def test_recall_counts_scores_within_rounding() -> None:

@@ -1,5 +1,6 @@
 """Words of captions: BM25 as its formula says, fused by ranks, stored with the index, and never a query language."""
 
+import json
 import math
 import re
 import unicodedata
@@ -25,7 +26,7 @@ from embedcache.store.cache import Cache
 from embedcache.store.indexing import index
 from embedcache.store.tables import write_table
 from tests.images import write_images
-from tests.toy import IMAGE
+from tests.toy import IMAGE, TEXT
 
 CAPTIONS = ["red dog", "A RED, red café-bike", "", "日本 2", "the dog's 2nd bone", "é e * -", "cafe"] * 3
 
@@ -126,12 +127,16 @@ def test_search_by_words_and_both(index_path: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_words_in_a_language_without_an_encoder_of_texts(in_two_languages: Path) -> None:
-    german = SearchSettings(match="words", filter=Filter(language=("de",)))
-    (hits,) = search(in_two_languages / "image", "rot bar", german)
+def test_words_in_a_language_without_an_encoder_of_texts(tmp_path: Path) -> None:
+    write_images(tmp_path / "photos", 12)
+    for path in sorted((tmp_path / "photos").glob("*.txt"))[:4]:
+        path.with_suffix(".json").write_text(json.dumps({"caption": f"rot {path.stem}", "language": "de"}))
+    extract(open_source(tmp_path / "photos"), tmp_path / "cache", image_encoder=[IMAGE], text_encoder=[TEXT])
+    build_index(tmp_path / "cache", tmp_path / "index", IndexSettings(modality="image"))
+    (hits,) = search(tmp_path / "index", "rot bar", SearchSettings(match="words", filter=Filter(language=("de",))))
     assert sorted(hit.row for hit in hits) == [0, 1, 2, 3]
     with pytest.raises(SettingError, match="match"):
-        search(in_two_languages / "image", Queries(keys=["00000"]), SearchSettings(match="both"))
+        search(tmp_path / "index", Queries(keys=["00000"]), SearchSettings(match="both"))
 
 
 def test_words_need_captions(tmp_path: Path) -> None:

@@ -52,6 +52,7 @@ def test_read_space(tmp_path: Path) -> None:
 
 FIXED = "[space]\ndropout = [0.1]\n[fixed]\n"
 INVALID: list[tuple[str, str]] = [
+    ("", "expected settings"),
     ("[fixed]\nepochs = 3", "expected settings"),
     ("dropout = [0.1]", "at the top"),
     ("[space]\ndropout = 0.1.2", "line 2"),
@@ -72,9 +73,12 @@ INVALID: list[tuple[str, str]] = [
     ("[space]\nbatch_size = {low = 8.0, high = 16.0}", "8.0"),
     ("[space]\ndropout = {low = 0.1}", "high"),
     ("[space]\ndropout = {low = 0.1, high = 0.2, hihg = 1}", "hihg"),
+    ("[space]\ndropout = {low = 'a', high = 0.2}", "'a'"),
     ("[space]\ndropout = {low = nan, high = 0.2}", "nan"),
+    ("[space]\ndropout = {low = 0.1, high = 1.5}", "1.5"),
     ("[space]\ndropout = 0.1", "choices"),
     ("[space]\ndropout = []", "choices"),
+    ("[space]\ndropout = [[0.1]]", "dropout"),
     ("[space]\ndropout = [0.1, {low = 0.2}]", "dropout"),
     ("[space]\ndropout = [0.1, 1.5]", "1.5"),
     ("[space]\nprojector = ['mlp', 'lineal']", "did you mean"),

@@ -117,6 +117,22 @@ def test_process_killed_between_repeating_and_closing_a_trial(
     assert len(tried) == len({str(params) for params in tried}) == 4
 
 
+def test_trial_finished_during_check_stays_finished(
+    tmp_path: Path, space: Space, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs = open_trials(tmp_path, space, trials=1), open_trials(tmp_path, space, trials=1)
+    trial = ours.lease_next()
+    assert trial is not None
+
+    def take(_number: int) -> bool:
+        ours.finish(trial, COMPLETE, 0.5)
+        return True
+
+    monkeypatch.setattr(theirs._leases, "acquire", take)
+    assert theirs.lease_next() is None
+    assert [trial.state for trial in theirs.finished()] == [COMPLETE]
+
+
 def test_trial_of_a_living_process_is_kept(tmp_path: Path, space: Space, monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = open_trials(tmp_path, space), open_trials(tmp_path, space)
     alive = ours.lease_next()

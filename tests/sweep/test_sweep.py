@@ -16,19 +16,22 @@ from embedcache.cli.main import main
 from embedcache.errors import FingerprintError, PathError, SettingError
 from embedcache.extract.extract import extract
 from embedcache.provenance import digest_file, read_json, replacing_files
+from embedcache.reports.summary import summarize
 from embedcache.runs import Run, is_finished
 from embedcache.settings import replace_fields
 from embedcache.store.arrays import file_checksum
+from embedcache.sweep.report import present_sweep
 from embedcache.sweep.settings import SweepSettings
 from embedcache.sweep.space import read_space
 from embedcache.sweep.study import open_study
 from embedcache.sweep.sweep import SweepReport, sweep
 from embedcache.sweep.trials import StudyJob
 from embedcache.train.data import open_data
-from tests.cli.run import succeed
+from tests.cli.run import embedcache
 from tests.crash import forked_workers, pause, start
 from tests.media_toy import MEDIA
 from tests.recorded import RecordedProgress
+from tests.reports.contract import check_report
 from tests.sweep.conftest import FEATURES, RANDOM, SPACE
 from tests.toy import TEXT
 from tests.train.test_modalities import Sounds
@@ -75,6 +78,12 @@ def test_storage_is_closed(swept: Swept) -> None:
     study_path, _, _ = swept
     opened = [path.readlink() for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
     assert study_path / "study.db" not in opened
+
+
+def test_report_is_presented(swept: Swept) -> None:
+    _, report, _ = swept
+    check_report(present_sweep(report))
+    assert report.page_path.read_text().count("<svg") == 2
 
 
 def test_printed_command_gives_the_winners_weights(
@@ -138,18 +147,26 @@ def test_study_that_was_killed_before_its_manifest_begins_again(
     assert study.split_digest == digest_file(study_path / "split.parquet")
 
 
-def test_wrong_requests_are_refused(cache_path: Path, tmp_path: Path, swept: Swept) -> None:
-    new, other = tmp_path / "new", SPACE.replace("1e-1", "1e-2").replace('["linear", "mlp"]', '["linear", "glu"]')
-    for study_path, text, settings, error, word in (
-        (swept[0], other, {}, FingerprintError, "glu"),
-        (swept[0], SPACE, {"sampler": "tpe"}, FingerprintError, "sampler"),
-        (swept[0], SPACE, {"storage": "sqlite:///other.db"}, FingerprintError, "storage"),
-        (new, SPACE, {"storage": "sqlite:////nowhere/at/all/study.db"}, PathError, "nowhere"),
-        (tmp_path, SPACE, {}, PathError, "space.toml"),
+def test_other_requests_are_rejected(cache_path: Path, tmp_path: Path, swept: Swept) -> None:
+    other = SPACE.replace("1e-1", "1e-2").replace('["linear", "mlp"]', '["linear", "glu"]')
+    for text, settings, word in (
+        (other, {}, "glu"),
+        (SPACE, {"sampler": "tpe"}, "sampler"),
+        (SPACE, {"storage": "sqlite:///other.db"}, "storage"),
     ):
+        options = replace_fields(RANDOM, **settings)
         space_path = write_space(tmp_path, text)
-        with pytest.raises(error, match=word):
-            sweep(cache_path, study_path, space_path, **FEATURES, settings=replace_fields(RANDOM, **settings))
+        with pytest.raises(FingerprintError, match=word):
+            sweep(cache_path, swept[0], space_path, **FEATURES, settings=options)
+
+
+def test_errors_begin_no_study(cache_path: Path, tmp_path: Path) -> None:
+    space_path = write_space(tmp_path, SPACE)
+    settings = replace_fields(RANDOM, storage="sqlite:////nowhere/at/all/study.db")
+    with pytest.raises(PathError, match="nowhere"):
+        sweep(cache_path, tmp_path / "study", space_path, **FEATURES, settings=settings)
+    with pytest.raises(PathError, match="space.toml"):
+        sweep(cache_path, tmp_path, space_path, **FEATURES)
     assert [path.name for path in tmp_path.iterdir()] == ["space.toml"]
 
 
@@ -230,12 +247,15 @@ def test_sweep_of_recordings_and_texts(cache_path: Path, tmp_path: Path) -> None
     space_path = write_space(tmp_path, text)
     words = ["--sampler", "grid", "--top-configs", "1", "--seeds-per-config", "1"]
     words += ["--feature", "text=open_toy/mean", "--feature", "audio=open_media/mean"]
-    succeed("sweep", cache, space_path, study_path, *words, cwd=tmp_path)
+    shown = embedcache("sweep", cache, space_path, study_path, *words, cwd=tmp_path)
+    assert shown.code == 0, shown.stderr
+    assert "a2t R@1" in shown.stdout
 
     stored, found = read_json(study_path / "study.json"), read_json(study_path / "report.json")
     assert (stored["format"], list(stored["sides"])) == (1, ["audio", "text"])
     assert {"a2t", "t2a", "num_recordings", "num_texts"} <= set(found["best"][0]["test"][str(cache)])
     assert "--feature audio=open_media/mean --feature text=open_toy/mean" in found["winner"]["command"]
+    assert "features: audio open_media/mean, text open_toy/mean" in summarize(study_path).lines
 
     space, settings = read_space(space_path), SweepSettings(sampler="grid")
     data = open_data(cache, {"text": "open_toy/mean", "audio": "open_media/mean"}, memory_bytes=1e9)

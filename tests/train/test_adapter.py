@@ -1,6 +1,6 @@
 """Adapters: the queries of a new encoder find in an old index what they find among vectors encoded again."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from emoji import EMOJI_DATA
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -118,25 +119,55 @@ def test_adapter_is_reused_and_the_same_again(folder: Path, tmp_path: Path) -> N
         fit(folder, first, target=folder / "run")
 
 
-def test_wrong_requests_raise(folder: Path, cache_path: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"target": "open_toy/mean"}, SettingError, "two modalities"),
+        ({"target": NEW}, SettingError, "another encoder"),
+        ({"target": "nothing/cls"}, UnknownNameError, "nothing/cls"),
+        ({"feature": "text=open_toy/mean", "target": "open_toy/cls"}, SettingError, "images"),
+        ({"val_fraction": 0.5, "test_fraction": 0.45}, DataError, "at least 20 training samples"),
+    ],
+)
+def test_bad_input_is_one_line(
+    folder: Path, tmp_path: Path, options: dict[str, Any], error: type[EmbedcacheError], words: str
+) -> None:
+    with pytest.raises(error, match=words) as raised:
+        fit(folder, tmp_path / "adapter", **options)
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_other_encoders_are_refused(folder: Path, cache_path: Path, tmp_path: Path) -> None:
     adapter, adapted = fit(folder, tmp_path / "adapter"), fit(folder, tmp_path / "adapted", target=folder / "run")
     build_index(folder / "cache", tmp_path / "plain", feature=OLD)
     build_index(folder / "cache", tmp_path / "projected", run=folder / "run")
     queries = Queries(images=folder / "photos/00003.png")
-    new = tmp_path / "new"
-    wrong: list[tuple[Callable[[], object], type[EmbedcacheError], str]] = [
-        (lambda: fit(folder, new, target="open_toy/mean"), SettingError, "two modalities"),
-        (lambda: fit(folder, new, target=NEW), SettingError, "another encoder"),
-        (lambda: fit(folder, new, target="nothing/cls"), UnknownNameError, "nothing/cls"),
-        (lambda: fit(folder, new, feature="text=open_toy/mean"), SettingError, "images"),
-        (lambda: fit(folder, new, val_fraction=0.5, test_fraction=0.45), DataError, "20 training samples"),
-        (lambda: search(tmp_path / "plain", queries, adapter=adapted), FingerprintError, "onto a run"),
-        (lambda: search(tmp_path / "projected", queries, adapter=adapter), FingerprintError, "onto a feature"),
-        (lambda: search(tmp_path / "plain", queries, adapter=folder / "run"), FingerprintError, "a run of train"),
-        (lambda: evaluate_adapter(cache_path, adapter), UnknownNameError, "open_rotated"),
-        (lambda: rank(Cache(folder / "cache"), Run.open(adapter, kind="pair")), DataError, "aligned pair"),
-    ]
-    for call, error, word in wrong:
-        with pytest.raises(error, match=word):
-            call()
-    assert not new.exists()
+    for index, run, words in (
+        ("plain", adapted, "onto a run"),
+        ("projected", adapter, "onto a feature"),
+        ("plain", folder / "run", "a run of train"),
+    ):
+        with pytest.raises(FingerprintError, match=words):
+            search(tmp_path / index, queries, adapter=run)
+    with pytest.raises(UnknownNameError, match="open_rotated"):
+        evaluate_adapter(cache_path, adapter)
+    with pytest.raises(DataError, match="aligned pair"):
+        rank(Cache(folder / "cache"), Run.open(adapter, kind="pair"))
+
+
+def test_static_text_vectors_search_an_index_of_a_transformer(tmp_path: Path) -> None:
+    """Two real text encoders, a transformer and averaged token vectors, on the names of emoji."""
+    pytest.importorskip("wordllama")
+    names = sorted({str(entry["en"]).strip(":").replace("_", " ") for entry in EMOJI_DATA.values()})[::10]
+    (tmp_path / "names.txt").write_text("\n".join(names))
+    encoders = ["st:all-MiniLM-L6-v2", "pipelines.icons.encoders:open_wordllama:l2_supercat_256"]
+    cache = tmp_path / "cache"
+    extract(open_source(tmp_path / "names.txt"), cache, text_encoder=encoders)
+    features = {"feature": "l2_supercat_256/mean", "target": "all-MiniLM-L6-v2/mean"}
+    fit_adapter(cache, tmp_path / "adapter", **features)
+    fit_adapter(cache, tmp_path / "control", **features, shuffle_pairs=True)
+
+    report = evaluate_adapter(cache, tmp_path / "adapter", control=tmp_path / "control")
+    assert report.reencoded["adapter"].low > 2 * report.reencoded["shuffled rows"].high
+    assert report.reencoded["adapter"].low > 10 * report.reencoded["chance"].value

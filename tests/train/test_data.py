@@ -44,22 +44,19 @@ def test_two_caches_train_as_one(two_caches: list[Path], tmp_path: Path) -> None
         run(two_caches[::-1], tmp_path / "run")
 
 
-def test_caches_that_cannot_be_joined_are_refused(two_caches: list[Path], tmp_path: Path) -> None:
+def test_caches_of_different_encoders_are_refused(two_caches: list[Path], tmp_path: Path) -> None:
     source = open_source(write_images(tmp_path / "s", 10))
-    other = tmp_path / "other"
-    extract(source, other, image_encoder=["tests.toy:open_toy,scale=2"], text_encoder=[TEXT])
+    extract(source, tmp_path / "c", image_encoder=["tests.toy:open_toy,scale=2"], text_encoder=[TEXT])
+    with pytest.raises(FingerprintError, match="open_toy/cls"):
+        open_data([two_caches[0], tmp_path / "c"], {"image": IMAGE_FEATURE, "text": TEXT_FEATURE}, memory_bytes=0)
+
+
+def test_the_same_samples_twice_are_refused(two_caches: list[Path], tmp_path: Path) -> None:
     larger = Path(shutil.copytree(two_caches[1], tmp_path / "larger"))
     info = Cache(two_caches[0]).info
     edit_record(larger / "cache.json", earlier_versions=[{"index_digest": info.index_digest, "num_parts": 1}])
-
-    first = two_caches[0]
-    for caches, error, word in (
-        ([first, other], FingerprintError, "open_toy/cls"),
-        ([first, first], DataError, "different samples"),
-        ([first, larger], DataError, "different samples"),
-        ([larger, first], DataError, "different samples"),
-    ):
-        with pytest.raises(error, match=word):
+    for caches in ([two_caches[0], two_caches[0]], [two_caches[0], larger], [larger, two_caches[0]]):
+        with pytest.raises(DataError, match="different samples"):
             open_data(caches, {"image": IMAGE_FEATURE, "text": TEXT_FEATURE}, memory_bytes=0)
 
 
@@ -138,7 +135,9 @@ def test_selection_is_read_before_the_split_is_made(cache_path: Path, tmp_path: 
     ("image", "text", "projector"),
     [
         ("open_toy/patches", "open_toy/tokens", "token"),
+        ("open_toy/patches", "open_toy/mean", "token+mlp"),
         ("open_toy/cls", "open_toy/tokens", "mlp+token_mlp"),
+        ("open_toy/cls", "open_toy/mean", "token+token_mlp"),
     ],
 )
 def test_token_features_beat_chance(
@@ -178,6 +177,10 @@ def test_views_are_drawn_by_weight_seed_and_epoch() -> None:
         views = DrawnViews(readers=readers, probabilities=probabilities["image"], num_rows=10_000, seed=seed, side=side)
         return views.draw(epoch)
 
+    assert abs(draw(0, 0).mean() - 0.75) < 0.02
+    np.testing.assert_array_equal(draw(3, 4), draw(3, 4))
+    for other in (draw(0, 1), draw(1, 0), draw(0, 0, side=1)):
+        assert abs((draw(0, 0) == other).mean() - (0.75**2 + 0.25**2)) < 0.03  # independent
     chances = np.random.default_rng([3, 4, 1]).random(10_000), np.random.default_rng([3, 4, 2]).random(10_000)
     np.testing.assert_array_equal(draw(3, 4), chances[0] >= 0.25)
     np.testing.assert_array_equal(draw(3, 4, side=1), chances[1] >= 0.25)
@@ -219,6 +222,13 @@ def test_views_change_training_and_not_validation(flipped: Path, tmp_path: Path)
     assert none[1]["loss"] != drawn[1]["loss"]
 
 
+@pytest.mark.parametrize("word", ["flip", "picture=flip", "image=flip:x", "image=flip:0", "image=a,a", "image=:1"])
+def test_wrong_views_are_named(word: str) -> None:
+    for words in ([word], ["image=flip", "image=plain"]):
+        with pytest.raises(SettingError, match=words[-1]):
+            parse_views(words)
+
+
 def test_pairs_have_all_views_of_their_items(monkeypatch: pytest.MonkeyPatch) -> None:
     """Views that were made for some of the items, of the first side or of the second one."""
     rows = np.arange(6)
@@ -237,14 +247,9 @@ def test_pairs_have_all_views_of_their_items(monkeypatch: pytest.MonkeyPatch) ->
         assert pairs.first.samples.tolist() == pairs.second.samples.tolist() == left
 
 
-def test_wrong_views_are_refused(flipped: Path, tmp_path: Path) -> None:
-    for words in ("flip", "picture=flip", "image=flip:x", "image=flip:0", "image=a,a", "image=:1"):
-        with pytest.raises(SettingError, match=words):
-            parse_views([words])
-    with pytest.raises(SettingError, match="image=plain"):
-        parse_views(["image=flip", "image=plain"])
+def test_missing_view_lists_what_there_is(flipped: Path, tmp_path: Path) -> None:
     with pytest.raises(UnknownNameError, match=r"open_toy@crop-0\.5/cls.*open_toy@flip/cls"):
         run(flipped, tmp_path / "run", views=("image=plain,crop-0.5",), batch_size=20)
-    with pytest.raises(SettingError, match="audio"):
+    with pytest.raises(SettingError, match="views: expected views of image or text, got audio"):
         run(flipped, tmp_path / "run", views=("audio=plain",), batch_size=20)
     assert view_feature("a/cls+a/patches", "flip") == "a@flip/cls+a@flip/patches"

@@ -8,9 +8,13 @@ import torch
 import torch.distributed.run
 from safetensors.torch import load_file
 
+from embedcache.settings import from_flat
 from embedcache.train.losses import LOSSES
+from embedcache.train.settings import FitSettings
 from tests.crash import call, call_together
 from tests.train.distributed_worker import main, sum_ranks_twice
+from tests.train.places import main as train_many
+from tests.train.places import train_places
 from tests.train.runs import IMAGE, TEXT, log_lines, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.no_mutants]
@@ -49,3 +53,13 @@ def test_two_processes_train_the_same(cache_path: Path, tmp_path: Path) -> None:
     one, two = (load_file(tmp_path / name / "last.safetensors") for name in "12")
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_two_processes_train_any_task_the_same(cache_path: Path, tmp_path: Path) -> None:
+    options = {"epochs": 2, "batch_size": 60, "lr": 0.01, "trainable": "head"}  # dropout and batch norm are frozen
+    train_places(cache_path, tmp_path / "1", from_flat(FitSettings, options))
+    call_together(2, train_many, str(cache_path), str(tmp_path / "2"), json.dumps(options))
+    one, two = (load_file(tmp_path / name / "last.safetensors") for name in "12")
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-4)
+    assert len(log_lines(tmp_path / "2")) == 2 * 4 + 3

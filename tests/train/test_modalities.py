@@ -17,8 +17,9 @@ from embedcache.modalities import FileItem, Sample, TextItem
 from embedcache.runs import PAIR, Run
 from embedcache.search.index import build_index
 from embedcache.search.queries import Queries
-from embedcache.search.search import search
+from embedcache.search.search import OpenIndex, search
 from embedcache.search.settings import IndexSettings
+from embedcache.serve.service import info_tables
 from embedcache.sources.media import decode_audio
 from embedcache.store.cache import Cache
 from embedcache.train.settings import train_settings
@@ -83,6 +84,7 @@ def test_retrieval_of_recordings_beats_chance_and_control(sounds: Path, finished
     report = evaluate_retrieval(sounds, finished)
     assert list(report.recalls) == ["a2t", "t2a"]
     assert report.num_items == {"audio": [40], "text": [40]}
+    assert "40 recordings, 40 captions per run" in report.line()
     run(sounds, tmp_path / "control", shuffle_pairs=True)
     control = evaluate_retrieval(sounds, tmp_path / "control", is_control=True)
     for direction in ("a2t", "t2a"):
@@ -108,6 +110,8 @@ def test_index_of_recordings_is_searched_with_texts(sounds: Path, finished: Path
     assert sum("deafening" in hit.captions[0] for hit in hits) > sum("quiet" in hit.captions[0] for hit in hits)
     with pytest.raises(DataError, match="image query"):
         search(tmp_path / "index", Queries(images=[np.zeros((4, 4, 3), np.uint8)]))  # type: ignore[list-item]
+    _, of_run, _ = info_tables(OpenIndex(tmp_path / "index"))
+    assert {"audio feature", "text feature"} < {name for name, _ in of_run["rows"]}
 
 
 def test_model_encodes_recordings(sounds: Path, finished: Path, tmp_path: Path) -> None:

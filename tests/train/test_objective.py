@@ -42,7 +42,6 @@ WIDTH = 6
 def small_tiles() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pair_module, "TILE_ROWS", 3)
-        patch.setattr(losses, "TILE_ROWS", 3)
         yield
 
 
@@ -260,6 +259,8 @@ def test_structure_is_zero_without_a_change_and_has_no_gradient_of_inputs(size: 
 
 LOSS_WIDTH = 5
 
+TILE_ROWS = 3
+
 
 def plain_info_nce(logits_BB: Tensor, positives_BB: Tensor) -> Tensor:
     others = positives_BB & ~torch.eye(len(logits_BB), dtype=torch.bool)
@@ -293,23 +294,30 @@ PLAIN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 every_loss = pytest.mark.parametrize("name", PLAIN)
 
 
-def draw_batch(
-    size: int, seed: int, *, num_contents: int | None = None, num_more: int = 0
-) -> tuple[Tensor, Tensor, Positives]:
-    """Draw a batch of float64 unit rows; with few contents many items are equal and belong together.
+@pytest.fixture(autouse=True, scope="module")
+def small_loss_tiles() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(losses, "TILE_ROWS", TILE_ROWS)
+        yield
 
-    Args:
-        num_more: first images that have a second text.
-    """
+
+def draw_batch(size: int, seed: int, *, num_contents: int | None = None) -> tuple[Tensor, Tensor, Positives]:
+    """Draw a batch of float64 unit rows; with few contents many items are equal and belong together."""
     generator = torch.Generator().manual_seed(seed)
     images, texts = (
-        normalize(torch.randn(num, LOSS_WIDTH, generator=generator, dtype=torch.float64), dim=1).requires_grad_()
-        for num in (size, size + num_more)
+        normalize(torch.randn(size, LOSS_WIDTH, generator=generator, dtype=torch.float64), dim=1).requires_grad_()
+        for _ in "it"
     )
     contents = torch.randint(num_contents, (size,), generator=generator) if num_contents else torch.arange(size)
-    of_texts = torch.cat([contents, contents[:num_more]])
-    rows, columns = (contents[:, None] == of_texts).nonzero(as_tuple=True)
+    rows, columns = (contents[:, None] == contents).nonzero(as_tuple=True)
     return images, texts, Positives(first=rows, second=columns)
+
+
+def dense(positives: Positives, size: int) -> Tensor:
+    """Return the pairs as a (B, B) bool matrix."""
+    matrix = torch.zeros(size, size, dtype=torch.bool)
+    matrix[positives.first, positives.second] = True
+    return matrix
 
 
 class TestInfoNce(LossContract):
@@ -338,36 +346,53 @@ def test_every_loss_has_a_plain_formula() -> None:
 
 @pytest.mark.slow
 @every_loss
-@given(
-    st.integers(1, 11),
-    st.integers(0, 1000),
-    st.sampled_from([None, 2, 5]),
-    st.floats(0.5, 1000),
-    st.booleans(),
-    st.booleans(),
-)
+@given(st.integers(1, 11), st.integers(0, 1000), st.sampled_from([None, 2, 5]), st.floats(0.5, 1000), st.booleans())
 def test_value_and_gradients_match_the_plain_formula(
-    name: str, size: int, seed: int, num_contents: int | None, scale: float, excludes: bool, has_more: bool
+    name: str, size: int, seed: int, num_contents: int | None, scale: float, excludes: bool
 ) -> None:
-    """Excluded pairs are in no sum. All losses but one accept more texts than images."""
-    num_more = seed % (size + 1) if has_more and name != "info_nce" else 0
-    images, texts, positives = draw_batch(size, seed, num_contents=num_contents, num_more=num_more)
-    is_positive = torch.zeros(size, size + num_more, dtype=torch.bool)
-    is_positive[positives.first, positives.second] = True
-    generator = torch.Generator().manual_seed(seed)
-    is_hidden = (torch.rand(is_positive.shape, generator=generator) < 0.4 * excludes) & ~is_positive
-    if excludes:
-        positives = replace(positives, excluded=is_hidden.nonzero(as_tuple=True))
-
+    """Excluded pairs are in no sum."""
     loss = LOSSES.load(name)().double()
+    images, texts, positives = draw_batch(size, seed, num_contents=num_contents)
+    together = dense(positives, size)
+    generator = torch.Generator().manual_seed(seed)
+    hidden = (torch.rand(size, size, generator=generator) < 0.4 * excludes) & ~together
+    if excludes:
+        positives = replace(positives, excluded=hidden.nonzero(as_tuple=True))
     factor = torch.tensor(scale, dtype=torch.float64, requires_grad=True)
     ours = loss(images, texts, factor, positives)
     logits = factor * images @ texts.T + next(loss.parameters(), torch.zeros(()))
-    plain = PLAIN[name](torch.where(is_hidden, torch.full_like(logits, -1e9), logits), is_positive)
+    plain = PLAIN[name](torch.where(hidden, torch.full_like(logits, -1e9), logits), together)
     torch.testing.assert_close(ours, plain)
-
     inputs = [images, texts, factor, *loss.parameters()]
     for one, other in zip(*(torch.autograd.grad(value, inputs) for value in (ours, plain)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
+
+
+def plain_captions(name: str, logits_BM: Tensor, positives_BM: Tensor) -> Tensor:
+    """Compute the formulas for more texts than images."""
+    if name != "multi_positive":
+        total = -logsigmoid(torch.where(positives_BM, logits_BM, -logits_BM)).sum()
+        return total / (len(logits_BM) if name == "siglip" else logits_BM.numel())
+    weights = [positives.double() / positives.sum(dim=1, keepdim=True) for positives in (positives_BM, positives_BM.T)]
+    return (cross_entropy(logits_BM, weights[0]) + cross_entropy(logits_BM.T, weights[1])) / 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["multi_positive", "sail", "siglip"])
+@given(st.integers(1, 9), st.integers(0, 100), st.sampled_from([2.0, 90.0]))
+def test_several_captions_match_the_plain_formula(name: str, size: int, seed: int, scale: float) -> None:
+    images, texts, _ = draw_batch(size, seed)
+    more = torch.cat([texts, draw_batch(size, seed + 1)[1][: seed % (size + 1)]]).detach().requires_grad_()
+    positives = torch.arange(len(more)) % size == torch.arange(size)[:, None]
+    loss, factor = LOSSES.load(name)().double(), torch.tensor(scale, dtype=torch.float64, requires_grad=True)
+    rows, columns = positives.nonzero(as_tuple=True)
+    bias = next(loss.parameters(), torch.zeros(()))
+    ours = loss(images, more, factor, Positives(first=rows, second=columns))
+    plain = plain_captions(name, factor * images @ more.T + bias, positives)
+    torch.testing.assert_close(ours, plain)
+    for one, other in zip(
+        *(torch.autograd.grad(value, [images, more, factor]) for value in (ours, plain)), strict=True
+    ):
         torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
 
 

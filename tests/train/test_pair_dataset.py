@@ -25,6 +25,7 @@ def dataset(cache_path: Path) -> embedcache.PairDataset:
 def test_pairs_are_those_of_the_cache(dataset: embedcache.PairDataset, cache_path: Path) -> None:
     cache = embedcache.Cache(cache_path)
     assert len(dataset) == 300
+    assert repr(dataset) == f"PairDataset({cache_path}: 300 pairs of open_toy/cls and open_toy/mean)"
     rows = np.array([250, 3, 64])
     batch = dataset[rows]
     for modality, name in (("image", "open_toy/cls"), ("text", "open_toy/mean")):

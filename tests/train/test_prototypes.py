@@ -1,7 +1,7 @@
 """Training with the classes of a classifier as pairs, on OpenMoji's animals and food encoded by EfficientNet-Lite0."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from embedcache.errors import DataError, EmbedcacheError, FingerprintError, SettingError
+from embedcache.errors import DataError, FingerprintError, SettingError
 from embedcache.evaluate.retrieval import RetrievalReport, evaluate_retrieval
 from embedcache.evaluate.zero_shot import evaluate_zero_shot
 from embedcache.extract.extract import extract
@@ -23,6 +23,7 @@ from embedcache.search.index import build_index
 from embedcache.search.search import search
 from embedcache.search.settings import IndexSettings
 from embedcache.sources.open import SourceSettings
+from embedcache.store.cache import Cache
 from embedcache.train.train import train
 from embedcache.vectors.importing import import_vectors
 from embedcache.vectors.opening import open_vectors
@@ -106,6 +107,17 @@ def test_photos_without_captions(emoji: Path, prototypes: Path, tmp_path: Path) 
     assert classified.unnamed["acc1"] == classified.accuracies["acc1"]
 
 
+def test_prototypes_change_the_directions_and_no_mean(emoji: Path, prototypes: Path, tmp_path: Path) -> None:
+    evaluated(emoji, tmp_path / "run", prototypes=prototypes)
+    evaluated(emoji, tmp_path / "pairs")
+    weights, plain = (load_file(tmp_path / name / WEIGHTS) for name in ("run", "pairs"))
+    for modality in ("image", "text"):
+        assert torch.equal(weights[f"{modality}.mean"], plain[f"{modality}.mean"])
+    assert not any(
+        torch.equal(weights[name], plain[name]) for name in weights if "projector" in name and "bias" not in name
+    )
+
+
 def test_table_of_own_prototypes(emoji: Path, tmp_path: Path) -> None:
     rows = np.random.default_rng(0).standard_normal((5, 1280)).astype(np.float32)
     (tmp_path / "names.csv").write_text("caption\n" + "\n".join(["cat", "dog", "apple", "bread", "tree"]))
@@ -115,33 +127,36 @@ def test_table_of_own_prototypes(emoji: Path, tmp_path: Path) -> None:
         import_vectors(vectors, tmp_path / name)
         extract(tmp_path / name, tmp_path / name, text_encoder=TEXT_ENCODER)
     evaluated(emoji, tmp_path / "run", prototypes=tmp_path / "own")
-    evaluated(emoji, tmp_path / "pairs")
-    weights, plain = (load_file(tmp_path / name / WEIGHTS) for name in ("run", "pairs"))
-    equal = {name for name in weights if torch.equal(weights[name], plain[name])}
-    assert {"image.mean", "text.mean"} <= equal  # the pairs alone are centered
-    assert not {name for name in equal if "projector" in name and "bias" not in name}
     with pytest.raises(DataError, match="width"):
         evaluated(emoji, tmp_path / "other", prototypes=tmp_path / "narrow")
 
 
-def test_wrong_requests_raise(cache_path: Path, emoji: Path, prototypes: Path, tmp_path: Path) -> None:
-    out, features = tmp_path / "out", {"image": "open_toy/cls", "text": "open_toy/mean"}
-    source = f"prototypes:{ENCODER}"
-    wrong: list[tuple[Callable[[], object], type[EmbedcacheError], str]] = [
-        (lambda: evaluated(cache_path, out, prototypes=prototypes, feature=features), FingerprintError, "family"),
-        (lambda: train(emoji, out, prototypes=emoji), DataError, "trained on"),
-        (
-            lambda: train(emoji, out, projector="linear", initialization="random", prototypes=prototypes),
-            SettingError,
-            "closed form",
-        ),
-        (lambda: extract(f"prototypes:{IMAGE}", tmp_path / "c", text_encoder=TEXT), SettingError, "classifier"),
-        (
-            lambda: extract(source, tmp_path / "c", image_encoder=ENCODER, text_encoder=TEXT),
-            SettingError,
-            "image_encoder",
-        ),
-    ]
-    for call, error, word in wrong:
-        with pytest.raises(error, match=word):
-            call()
+def test_prototypes_of_another_encoder_or_projector_are_refused(
+    cache_path: Path, emoji: Path, prototypes: Path, tmp_path: Path
+) -> None:
+    features = {"feature": {"image": "open_toy/cls", "text": "open_toy/mean"}}
+    with pytest.raises(FingerprintError, match="family"):
+        evaluated(cache_path, tmp_path / "toy", prototypes=prototypes, **features)
+    extract("prototypes:lite:efficientnet-lite1", tmp_path / "lite1", text_encoder=TEXT_ENCODER)
+    with pytest.raises(FingerprintError, match="efficientnet-lite1"):
+        evaluated(emoji, tmp_path / "lite1-run", prototypes=tmp_path / "lite1")
+    with pytest.raises(DataError, match="trained on"):
+        train(emoji, tmp_path / "itself", prototypes=emoji)
+    with pytest.raises(SettingError, match="closed form"):
+        train(emoji, tmp_path / "glu", projector="linear", initialization="random", prototypes=prototypes)
+
+
+def test_encoder_without_classifier_makes_no_prototypes(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="classifier"):
+        extract(f"prototypes:{IMAGE}", tmp_path / "cache", text_encoder=TEXT)
+
+
+def test_images_of_prototypes_are_not_encoded(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="image_encoder"):
+        extract(f"prototypes:{ENCODER}", tmp_path / "cache", image_encoder=ENCODER, text_encoder=TEXT_ENCODER)
+
+
+def test_extraction_resumes(prototypes: Path) -> None:
+    reports = extract(f"prototypes:{ENCODER}", prototypes, text_encoder=TEXT_ENCODER)
+    assert [(report.computed, report.reused) for report in reports] == [(0, 1000), (0, 1000)]
+    assert Cache(prototypes).feature("image").fingerprint["preprocessing"]["classifier"]["feature"] == "patch_mean"

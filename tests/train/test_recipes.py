@@ -67,6 +67,7 @@ def test_best_validation_score_is_kept(cache_path: Path, tmp_path: Path) -> None
     assert [score.name for score in report.recipes] == [*CLOSED_FORMS, "mlp-1e-4"]
     (chosen,) = [score for score in report.recipes if score.is_chosen]
     assert chosen.score == report.score == max(score.score for score in report.recipes)
+    assert chosen.name in report.line(tmp_path / "auto")
     assert not (tmp_path / "auto/recipes").exists()
     assert train(cache_path, tmp_path / "auto", **FEATURES, recipe="auto", **SPLIT).recipes == report.recipes
 

@@ -2,7 +2,10 @@
 
 import errno
 import io
+import os
 import shutil
+import signal
+import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +21,8 @@ from embedcache.train import trainer
 from embedcache.train.settings import MachineSettings
 from embedcache.train.train import name_device
 from embedcache.train.trainer import RunLog, load_checkpoint
+from tests.cli.run import embedcache
+from tests.crash import start
 from tests.edits import edit_record
 from tests.train import runs
 
@@ -169,6 +174,28 @@ def test_finished_run_on_a_read_only_disk_is_reused(
 
     monkeypatch.setattr(Path, "unlink", refuse)
     run(cache_path, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.no_mutants
+def test_resume_after_kill_is_identical(cache_path: Path, tmp_path: Path) -> None:
+    options = (
+        "--feature image=open_toy/cls --feature text=open_toy/mean --split key --epochs 15 --batch-size 64 "
+        "--shared-width 16 --checkpoint-s 0"
+    )
+    command = ["train", str(cache_path), str(tmp_path / "killed"), *options.split()]
+    process = start(command)
+    while not (tmp_path / "killed" / CHECKPOINT).exists():
+        assert process.is_alive()
+        time.sleep(0.02)
+    assert process.pid
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert not is_finished(tmp_path / "killed")
+    outcome = embedcache(*command, cwd=tmp_path)
+    assert "resumed from the checkpoint after step" in outcome.stderr
+    runs.run(cache_path, tmp_path / "whole", epochs=15)
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
 
 
 def test_auto_device_is_that_of_the_run(cache_path: Path, whole: Path, unfinished: Path, tmp_path: Path) -> None:

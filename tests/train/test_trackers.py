@@ -41,6 +41,16 @@ def read_wandb(folder: Path, name: str) -> list[tuple[int, float]]:
     return found
 
 
+def read_whole(
+    read: Callable[[Path, str], list[tuple[int, float]]], folder: Path, name: str, count: int
+) -> list[tuple[int, float]]:
+    """Read until there are so many values, for some seconds: the process of wandb writes its file when it can."""
+    deadline = time.monotonic() + 20
+    while len(found := read(folder, name)) < count and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return found
+
+
 @pytest.mark.slow
 @pytest.mark.no_mutants
 @pytest.mark.filterwarnings("ignore")  # of the libraries
@@ -61,12 +71,12 @@ def test_resumed_run_is_tracked_without_a_network(
         run(cache_path, tmp_path / "run", **options)
     time.sleep(1)  # wandb names a folder by the second
     run(cache_path, tmp_path / "run", **options)
-
-    logged = [(line["step"], line["loss"]) for line in log_lines(tmp_path / "run") if "loss" in line]
-    deadline = time.monotonic() + 20  # the process of wandb writes its file when it can
-    while len(found := read(tmp_path, "loss")) < len(logged) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    np.testing.assert_allclose(found, logged, rtol=1e-6)
+    steps, losses = zip(
+        *((line["step"], line["loss"]) for line in log_lines(tmp_path / "run") if "loss" in line), strict=True
+    )
+    found = read_whole(read, tmp_path, "loss", len(losses))
+    assert tuple(step for step, _ in found) == steps
+    np.testing.assert_allclose([value for _, value in found], losses, rtol=1e-6)
     assert capsys.readouterr().out == ""
     assert run(cache_path, tmp_path / "run").reused  # where a run is reported is not one of its settings
 

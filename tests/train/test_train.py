@@ -46,6 +46,7 @@ def finished(cache_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 RANDOM = {"initialization": "random", "epochs": 6, "lr": 1e-2}
 RECIPES: dict[str, dict[str, Any]] = {
     "cca mlp": {"initialization": "cca", "projector": "mlp"},
+    "info_nce": {**RANDOM, "loss": "info_nce"},
     "multi_positive": {**RANDOM, "loss": "multi_positive", "projector": "linear"},
     "siglip": {**RANDOM, "loss": "siglip"},
     "sail": {**RANDOM, "loss": "sail", "epochs": 10},
@@ -70,8 +71,8 @@ def test_shuffled_control_stays_at_chance(cache_path: Path, tmp_path: Path) -> N
 
 
 def test_run_folder_is_complete(cache_path: Path, finished: Path) -> None:
-    names = {path.name for path in finished.iterdir() if path.name[0] != "."}
-    assert names == {"last.safetensors", "losses.jsonl", "model.safetensors", "run.json", "split.parquet"}
+    names = {path.name for path in finished.iterdir()}
+    assert names == {".claims", "last.safetensors", "losses.jsonl", "model.safetensors", "run.json", "split.parquet"}
     losses = [line["loss"] for line in log_lines(finished) if "loss" in line]
     assert len(losses) == 2 * 4
     assert [line["epoch"] for line in log_lines(finished) if "validation" in line] == [0, 1, 2]
@@ -79,7 +80,7 @@ def test_run_folder_is_complete(cache_path: Path, finished: Path) -> None:
     assert run_.input("image").feature == IMAGE
     assert run_.info.index_digest == Cache(cache_path).info.index_digest
     assert (run_.info.settings["block_rows"], run_.info.digests) == (1, {})
-    assert run_.info.files.keys() == names - {"run.json"}
+    assert run_.info.files.keys() == names - {".claims", "run.json"}
     assert run_.info.report["num_samples"] == {"train": 195, "val": 30, "test": 75}
     assert run_.info.report["num_parameters"] == sum(value.numel() for value in run_.pair.parameters())
     before = {path: path.read_bytes() for path in finished.iterdir()}

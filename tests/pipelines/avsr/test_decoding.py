@@ -1,9 +1,11 @@
 """Decoding and CTC against enumeration of all paths, plain searches and PyTorch's loss, and the errors of words."""
 
+import doctest
 import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from embedcache.errors import DataError
+from pipelines.avsr import edits
 from pipelines.avsr.attention import AttentionDecoder
 from pipelines.avsr.ctc import CtcPrefixes, WordTime, align_ctc, decode_ctc, word_times
 from pipelines.avsr.decoding import decode_attention, decode_hybrid
@@ -54,26 +57,30 @@ def test_wide_beam_is_exact(seed: int, num_frames: int, num_letters: int, weight
 
 @pytest.mark.slow
 @settings(max_examples=25)
-@given(SEEDS, st.integers(1, 5), st.integers(1, 4), st.sampled_from(WEIGHTS))
+@given(SEEDS, st.integers(1, 8), st.integers(1, 4), st.sampled_from(WEIGHTS))
 def test_narrow_beam_is_the_plain_beam(seed: int, num_frames: int, beam: int, weight: float) -> None:
-    """The plain search scores each prefix by all paths and runs to the longest length."""
-    log_probs = random_log_probs(np.random.default_rng(seed), num_frames, 5)
-    decoder, probs = Decoder(5, seed), transcript_probs(log_probs)
+    """The plain search scores each prefix from scratch and runs to the longest length."""
+    log_probs, letters = random_log_probs(np.random.default_rng(seed), num_frames, 5), (1, 2, 3)
+    decoder = Decoder(5, seed)
 
-    def attention(prefix: Transcript) -> float:
-        return sum(decoder.next_log_probs(0, prefix[:n])[symbol].item() for n, symbol in enumerate(prefix))
+    @cache
+    def ctc(prefix: tuple[int, ...]) -> tuple[float, float]:
+        return prefix_log_probs(log_probs, prefix)
 
-    def score(prefix: Transcript) -> float:
-        begins = sum(prob for text, prob in probs.items() if text[: len(prefix)] == prefix)
-        return mixed(log(begins), attention(prefix), weight)
+    @cache
+    def attention(prefix: tuple[int, ...]) -> float:
+        return attention(prefix[:-1]) + decoder.next_log_probs(0, prefix[:-1])[prefix[-1]].item() if prefix else 0.0
 
-    def complete_score(text: Transcript) -> float:
-        return mixed(log(probs.get(text, 0.0)), attention((*text, 4)), weight)
-
-    expected, best = plain_beam(score, complete_score, (1, 2, 3), beam=beam, cap=num_frames)
+    expected, score = plain_beam(
+        lambda prefix: mixed(ctc(prefix)[0], attention(prefix), weight),
+        lambda prefix: mixed(ctc(prefix)[1], attention((*prefix, 4)), weight),
+        letters,
+        beam=beam,
+        cap=num_frames,
+    )
     (found,) = decode_hybrid(log_probs[None], torch.tensor([num_frames]), decoder, ctc_weight=weight, beam=beam)
     assert tuple(found.symbols.tolist()) == expected
-    assert found.score == pytest.approx(best, abs=1e-9)
+    assert found.score == pytest.approx(score, abs=1e-9)
 
 
 def test_attention_scores_are_those_of_the_whole_transcript() -> None:
@@ -200,6 +207,32 @@ def plain_beam(
     return best
 
 
+def prefix_log_probs(log_probs_TC: Tensor, prefix: Transcript) -> tuple[float, float]:
+    """Return the log-probabilities of all transcripts that begin with a prefix, and of the prefix alone.
+
+    In probabilities, frame by frame: the chance to have read the prefix for the first time, and to read exactly it.
+    """
+    probs = log_probs_TC.exp()
+    blank = probs[:, BLANK] + probs[:, -1]
+    paths = [1.0] + [0.0] * (2 * len(prefix))  # blank, letter, blank, …: where a path through the prefix is
+    reached = 0.0 if prefix else 1.0
+    for t in range(len(probs)):
+        new = [0.0] * len(paths)
+        for place in range(len(paths)):
+            if place % 2 == 0:
+                new[place] = (paths[place] + (paths[place - 1] if place else 0)) * blank[t].item()
+                continue
+            letter = prefix[place // 2]
+            entering = paths[place - 1]
+            if place > 1 and prefix[place // 2 - 1] != letter:
+                entering += paths[place - 2]
+            new[place] = (paths[place] + entering) * probs[t, letter].item()
+            if place == len(paths) - 2:
+                reached += entering * probs[t, letter].item()
+        paths = new
+    return log(reached), log(sum(paths[-2:]))
+
+
 def prefix_of(log_probs: torch.Tensor, symbols: tuple[int, ...]) -> CtcPrefixes:
     """Return the scorer of one item after some symbols."""
     prefixes = CtcPrefixes(log_probs[None], torch.tensor([len(log_probs)]))
@@ -298,6 +331,13 @@ def test_words_last_from_their_first_to_their_last_letter() -> None:
     expected = [WordTime("SET", 0.08, 0.24), WordTime("B", 0.32, 0.36), WordTime("11", 0.48, 0.64)]
     assert word_times(log_probs, encode_transcript("Set b 11"), 25.0) == expected
     assert word_times(log_probs, encode_transcript(""), 25.0) == []
+
+
+WORDS = st.lists(st.sampled_from(["A", "BE", "C"]), max_size=9)
+
+
+def test_docstring_examples() -> None:
+    assert doctest.testmod(edits).failed == 0
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from pipelines.icons.correlations import rank_correlation
 from pipelines.icons.curation import AGAIN, DRAWS, METHODS
 from pipelines.icons.curation_page import run_curation
 from pipelines.icons.curve import FAMILIES, NAMES, Recipe, in_precision, read_report, selection_path
-from pipelines.icons.curve_page import find_crossing, halve, run_curve
+from pipelines.icons.curve_page import find_crossing, format_crossing, halve, run_curve
 from pipelines.icons.features import Compared, run_features
 from pipelines.icons.steps import FEATURES, Data, Holdout, first_names
 from pipelines.results import Result, file_name
@@ -121,9 +121,12 @@ def test_curve_is_trained_on_nested_pairs(data: Data, make_curve: Callable[[], d
     some, everything = (read_selection(selection_path(folder, size), [data.icons]) for size in (40, 256))
     assert len(some) == 40
     assert set(some) < set(everything) == set(train)
-    for size in (40, len(everything)):
-        reports = [read_report(path.parent) for path in folder.glob("*/run.json")]
-        assert sum(report.num_samples["train"] == size for report in reports) == 4
+    reports = {path.parent.name: read_report(path.parent) for path in folder.glob("*/run.json")}
+    names = ("ridge-shared-width-1", "ridge-shared-width-64", "random", "shuffled-shared-width-64")
+    assert {name: report.num_samples["train"] for name, report in reports.items()} == {
+        f"{size}-{name}": len(rows) for size, rows in ((40, some), (256, everything)) for name in names
+    }
+    assert len({report.num_samples["val"] for report in reports.values()}) == 1
 
 
 @pytest.mark.slow
@@ -210,7 +213,13 @@ def test_curation_selects_equal_numbers_of_training_pairs(
     assert {len(found) for found in selected.values()} == {40}
     assert len(set(map(frozenset, selected.values()))) == len(selected)
     assert all(found < train for found in selected.values())
-    assert selected["dedup-hierarchical"] < rows("pools/seed0/train-dedup.parquet") < train
+    reports = [read_report(path.parent) for path in folder.glob("*/seed0/40-*/run.json")]
+    assert {report.num_samples["train"] for report in reports} == {40}
+    kept = rows("pools/seed0/train-dedup.parquet")
+    images = unit_vectors(data.icons, "image")[sorted(kept)]
+    assert len(kept) < len(train)
+    assert (images @ images.T - 2 * np.eye(len(images))).max() <= 0.9 + 1e-3
+    assert selected["dedup-hierarchical"] < kept
     half = rows("pools/seed0/40-unscored-clip-score.parquet")
     assert abs(2 * len(half) - len(train) + 40) <= 1
     assert half < selected["clip-score-half-balanced"] < train - selected[file_name(AGAIN)]
@@ -224,13 +233,16 @@ def test_curation_selects_equal_numbers_of_training_pairs(
 def test_curation_is_compared_with_the_mean_of_random_draws(
     data: Data, make_curation: Callable[[], dict[str, Any]]
 ) -> None:
-    folder = data.folder / "curation"
-    made = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    folder = data.folder
+    made = {path: path.stat().st_mtime_ns for path in (folder / "curation").rglob("*") if path.is_file()}
     values = make_curation()
-    assert made == {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    assert made == {path: path.stat().st_mtime_ns for path in (folder / "curation").rglob("*") if path.is_file()}
+    assert values["recipes"]["ridge"]["40"]["choice"] == {"shared_width": 64}
+    assert values["methods"] == [AGAIN, *_METHODS]
+    assert values["concept_methods"] == ["rare-first", "clip-score half + balanced"]
 
     def recall(name: str) -> float:
-        path = folder / file_name(name) / "seed0" / "results" / "names-never-seen-40-ridge.json"
+        path = folder / "curation" / file_name(name) / "seed0" / "results" / "names-never-seen-40-ridge.json"
         return float(np.concatenate([item.values_M for item in Result.read(path).measures.values()]).mean())
 
     found = values["tests"][NAMES]["R@10"]["recipes"]["ridge"]["40"]
@@ -240,6 +252,7 @@ def test_curation_is_compared_with_the_mean_of_random_draws(
         gain, (low, high) = found["gains"][name]["value"], found["gains"][name]["interval"]
         assert gain == pytest.approx(recall(name) - mean, abs=2e-5)
         assert low <= gain <= high
+    assert list(values["tests"][NAMES]) == ["R@10", "i2t R@10", "t2i R@10"]
 
 
 @pytest.mark.slow
@@ -247,16 +260,26 @@ def test_curation_is_compared_with_the_mean_of_random_draws(
 def test_ablation_compares_each_variant_with_the_base(data: Data, results: dict[str, Any]) -> None:
     narrow, wide = (Recipe(options={**_RIDGE, "shared_width": width}) for width in (1, 64))
     chosen = Recipe(options=_RIDGE, choices=_WIDTHS)
-    groups = {"width": Group(base="wide", variants={"narrow": narrow, "wide": wide, "chosen": chosen})}
+    groups = {
+        "width": Group(base="wide", variants={"narrow": narrow, "wide": wide}),
+        "choice": Group(base="wide", variants={"wide": wide, "chosen": chosen}),
+    }
     with one_core():
         values = run_ablation(data, [0], 40, groups)
         assert run_ablation(data, [0], 40, groups) == values
+    assert {name: run["num_pairs"] for name, run in values["runs"].items()} == dict.fromkeys(values["runs"], 40)
     assert values["runs"]["chosen"]["choice"] == {"shared_width": 64}
     found = values["tests"][NAMES]["R@10"]
+    for name in ("narrow", "wide"):
+        path = data.folder / "ablation" / "seed0" / "results" / f"names-never-seen-40-{name}.json"
+        recall = np.concatenate([item.values_M for item in Result.read(path).measures.values()]).mean()
+        assert found["values"][name]["value"] == pytest.approx(recall, abs=1e-5)
     gain = found["gains"]["width"]["narrow"]
-    difference = found["values"]["narrow"]["value"] - found["values"]["wide"]["value"]
-    assert gain["value"] == pytest.approx(difference, abs=2e-5)
-    assert gain["interval"][1] < 0 == found["gains"]["width"]["chosen"]["value"]
+    assert gain["value"] == pytest.approx(
+        found["values"]["narrow"]["value"] - found["values"]["wide"]["value"], abs=2e-5
+    )
+    assert gain["interval"][1] < 0 == found["gains"]["choice"]["chosen"]["value"]
+    assert (data.folder / "ablation.html").is_file()
 
 
 @pytest.mark.slow
@@ -268,26 +291,33 @@ def test_features_are_compared_on_a_cut_of_the_icons(
     lite0, mini = "efficientnet-lite0", "all-MiniLM-L6-v2"
     compared = Compared(
         image_encoders={IMAGE_ENCODER: ("kmeans:4",)},
-        text_encoders={TEXT_ENCODER: ("layer2.mean",)},
+        text_encoders={TEXT_ENCODER: ("layer2.mean", "layer4.mean")},
         tokens={name: f"{lite0}/{name}" for name in ("patch_mean", "kmeans:4")},
         images=[f"{lite0}/patch_mean"],
-        texts=[f"{mini}/{layer}mean" for layer in ("", "layer2.")],
+        texts=[f"{mini}/{layer}mean" for layer in ("", "layer2.", "layer4.")],
         recipes={"ridge": Recipe(options=_RIDGE)},
         length=TrainingLength(40, 1, 1),
     )
     with one_core():
         values = run_features(data, 0, 100, compared)
-
-    icons = Cache(data.folder / "features" / "icons")
+        assert run_features(data, 0, 100, compared) == values
+    split, icons = read_split(data.folder / "split-0.parquet", [data.icons]), Cache(data.folder / "features" / "icons")
+    assert len(icons) == 100 + len(split.rows("val")) + len(split.rows("test"))
     of_cut, of_pairs = (read_split(data.folder / f"features/{name}-0.parquet", [icons]) for name in ("split", "pairs"))
     assert of_pairs.rows("test").tolist() == of_cut.rows("test").tolist()
-    groups = np.array(of_pairs.groups)
-    assert not set(groups[of_pairs.rows("val")]) & set(groups[of_pairs.rows("train")])
+    assert len(of_pairs.rows("val")) > 10, "of ten, any R@10 is 1"
+    assert not set(np.array(of_pairs.groups)[of_pairs.rows("val")]) & set(
+        np.array(of_pairs.groups)[of_pairs.rows("train")]
+    )
     assert values["num_bytes"] == {"patch_mean": 2 * 1280, "kmeans:4": 2 * 4 * 1280}
     assert {run["num_pairs"] for run in values["runs"].values()} == {100}
+    assert len(values["pairs"]) == 3
     found = values["tests"][NAMES]["values"]
+    assert found[f"ridge, {lite0}/patch_mean, {mini}/mean"] != found[f"ridge, {lite0}/patch_mean, {mini}/layer4.mean"]
     best = max(value["value"] for name, value in found.items() if name.startswith("ridge"))
     assert values["pairs"][0]["test R@10, ridge"] == f"{best:.3f}"
+    assert values["tests"][NAMES]["gains"].keys() == {"kmeans:4"}
+    assert values["rank"][0]["best recall"] == f"{best:.3f}"
 
 
 @pytest.mark.slow
@@ -298,6 +328,8 @@ def test_crossing_is_where_the_gain_stays_above_zero() -> None:
     assert find_crossing(sizes, np.array([1.0, -1, 3])) == pytest.approx(10**4.25)
     assert find_crossing(sizes, np.array([1.0, 2, 3])) == 0
     assert find_crossing(sizes, np.array([1.0, 2, 0])) == np.inf
+    shown = format_crossing({"value": 3162.3, "interval": [0.0, None]}, sizes)
+    assert shown == "3,162 [≤ 1,000, > 100,000]"
 
 
 def test_rank_correlation_is_spearmans_also_with_ties() -> None:
@@ -308,3 +340,8 @@ def test_rank_correlation_is_spearmans_also_with_ties() -> None:
         found = rank_correlation(one, other, num_draws=50)
         assert found.value == pytest.approx(spearmanr(one, other).statistic)
         assert found.low < found.value < found.high
+
+
+def test_draws_of_equal_values_are_left_out() -> None:
+    found = rank_correlation(np.array([1.0, 2, 3]), np.array([1.0, 2, 3]), num_draws=200)
+    assert found.low == pytest.approx(1)

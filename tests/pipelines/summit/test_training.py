@@ -152,16 +152,15 @@ def test_nan_feature_is_named(runs: dict[str, Path], tmp_path: Path) -> None:
         train_source(data, data, tmp_path / "run", inputs("image"), settings(), num_classes=C)
 
 
-def make_points(seed: int, num_frames: int = 6, shift: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
-    """Return features of the image and labels of points."""
-    data = make_data(seed, shift=shift, num_frames=num_frames)
-    return data.features["image"].astype(np.float32), data.labels_N
+WIDTH, C = 6, 3
 
 
-@pytest.fixture(scope="module")
-def source(runs: dict[str, Path]) -> PointNetwork:
-    """A network trained on points that are not moved."""
-    return load(runs["image"]).eval()["image"]
+def make_points(seed: int, num_points: int = 300, shift: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    """Features of classes around their means, all moved by a fraction of the way from class 0 to class 1; labels."""
+    labels = np.random.default_rng(seed).integers(0, C, num_points)
+    means = np.random.default_rng(99).normal(size=(C, WIDTH)) * 2
+    noise = np.random.default_rng(seed + 1).normal(size=(num_points, WIDTH))
+    return (means[labels] + noise + shift * (means[1] - means[0])).astype(np.float32), labels
 
 
 def train(objective: PointObjective, batch: Batch, *, steps: int = 60) -> None:
@@ -173,13 +172,12 @@ def train(objective: PointObjective, batch: Batch, *, steps: int = 60) -> None:
         optimizer.step()
 
 
-def make_batch(seed: int, shifts: Mapping[str, float], *, is_unlabeled: bool = False) -> Batch:
-    """Return a batch of points of several modalities, each moved, with or without their labels."""
+def make_batch(seed: int, shifts: Mapping[str, float], labels: np.ndarray | None = None) -> Batch:
+    """Points of several modalities, with labels or, by default, with the true ones."""
     points = {name: make_points(seed, shift=shift) for name, shift in shifts.items()}
-    rows = np.arange(len(next(iter(points.values()))[1]))
     inputs = {name: BatchInput(torch.from_numpy(features)) for name, (features, _) in points.items()}
-    targets = {n: torch.from_numpy(np.full(len(true), -1) if is_unlabeled else true) for n, (_, true) in points.items()}
-    return Batch(samples=rows, num_samples=len(rows), inputs=inputs, targets=targets)
+    targets = {n: torch.from_numpy(true if labels is None else labels) for n, (_, true) in points.items()}
+    return Batch(samples=np.arange(300), num_samples=300, inputs=inputs, targets=targets)
 
 
 ONES = np.ones(C, np.float32)
@@ -187,10 +185,19 @@ ONES = np.ones(C, np.float32)
 
 def networks_of(**networks: PointNetwork) -> PointNetworks:
     """Networks of several modalities with copies of the weights of others."""
-    module = PointNetworks(widths=dict.fromkeys(networks, WIDTHS["image"]), num_classes=C)
+    module = PointNetworks(widths=dict.fromkeys(networks, WIDTH), num_classes=C, hidden=16)
     for name, network in networks.items():
         module[name].load_state_dict(network.state_dict())
     return module
+
+
+@pytest.fixture(scope="module")
+def source() -> PointNetwork:
+    """Network trained on unshifted points."""
+    torch.manual_seed(0)
+    module = PointNetworks(widths={"image": WIDTH}, num_classes=C, hidden=16)
+    train(PointObjective(module, {"image": ONES}), make_batch(0, {"image": 0.0}))
+    return module.eval()["image"]
 
 
 def accuracy(network: PointNetwork, seed: int, shift: float = 0.0) -> float:
@@ -210,7 +217,7 @@ def test_labeled_loss_matches_torch_and_ignores() -> None:
 
 def test_imitation_matches_kl_divergence(source: PointNetwork) -> None:
     torch.manual_seed(1)
-    network, features = PointNetwork(WIDTHS["image"], C), torch.from_numpy(make_points(2)[0])
+    network, features = PointNetwork(WIDTH, C, hidden=16), torch.from_numpy(make_points(2)[0])
     output, other = network(features), source(features)
     expected = nn.KLDivLoss(reduction="batchmean")(output.mimic_NC.log_softmax(1), other.logits_NC.softmax(1))
     assert imitation_loss(output, other).item() == pytest.approx(expected.item(), rel=1e-4)
@@ -222,7 +229,7 @@ def test_imitation_matches_kl_divergence(source: PointNetwork) -> None:
 def test_consistency_gives_no_gradient_to_the_teacher(source: PointNetwork) -> None:
     module = networks_of(image=source, points=source)
     objective = PointObjective(module, {"image": ONES, "points": ONES}, consistency=1.0)
-    objective.loss(make_batch(3, {"image": 0.5, "points": 0.0}, is_unlabeled=True)).backward()
+    objective.loss(make_batch(3, {"image": 0.5, "points": 0.0}, np.full(300, -1))).backward()
     for name in ("image", "points"):
         main, mimic = module[name].head.weight.grad, module[name].mimic_head.weight.grad
         assert main is None or not main.any()
@@ -256,17 +263,17 @@ def test_entropy_is_scaled_without_changing_predictions(source: PointNetwork) ->
 
 
 def test_gap_grows_with_the_shift_and_counts_variances(source: PointNetwork) -> None:
-    gaps = [norm_gaps(source, make_points(6, 80, shift=shift)[0]) for shift in (0.0, 1.0, 3.0)]
+    gaps = [norm_gaps(source, make_points(6, 4000, shift=shift)[0]) for shift in (0.0, 1.0, 3.0)]
     for layer in range(2):
-        assert gaps[0][layer] < 0.2 < gaps[1][layer] < gaps[2][layer]
-    features = make_points(6, 80)[0]
+        assert gaps[0][layer] < 0.1 < gaps[1][layer] < gaps[2][layer]
+    features = make_points(6, 4000)[0]
     mean, variance = (source.state_dict()[f"input_norm.running_{name}"].numpy() for name in ("mean", "var"))
     expected = domain_gap(mean, variance, features.mean(axis=0), features.var(axis=0))
     assert gaps[0][0] == pytest.approx(expected, rel=1e-3)
 
 
 def test_adapted_norms_close_the_gap_and_undo_a_shift(source: PointNetwork) -> None:
-    network, features = copy.deepcopy(source), make_points(6, 80, shift=3.0)[0]
+    network, features = copy.deepcopy(source), make_points(6, 4000, shift=3.0)[0]
     adapt_norms(network, features)
     assert norm_gaps(network, features) == pytest.approx([0, 0], abs=1e-5)
     assert accuracy(source, 9, shift=3.0) < 0.6

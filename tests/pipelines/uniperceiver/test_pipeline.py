@@ -5,22 +5,32 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
+from safetensors.numpy import load_file
 
-from embedcache.arrays import Floats, normalize
+from embedcache.arrays import Array, Floats, normalize
 from embedcache.derive.rules import Block
 from embedcache.errors import DataError, EmbedcacheError, SettingError
 from embedcache.metrics import MetricValues
+from embedcache.runs import Run
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
+from embedcache.store.layout import Axis
 from pipelines.results import Result, Results
 from pipelines.uniperceiver.answer import answer_question, compute_probabilities
-from pipelines.uniperceiver.data import JOIN_GRIDS, WORD_VECTORS, Data
+from pipelines.uniperceiver.data import AUDIO_TOKENS, IMAGE_TOKENS, JOIN_GRIDS, WORD_VECTORS, Data
 from pipelines.uniperceiver.evaluation import SHUFFLED, load_shared
 from pipelines.uniperceiver.measures import MEASURED, MODELS, ZERO_SHOT
-from pipelines.uniperceiver.runs import PRETRAINED, Runs, question_name, tuned_run
+from pipelines.uniperceiver.page import (
+    COLUMNS,
+    model_table,
+    pretraining_table,
+)
+from pipelines.uniperceiver.runs import PRETRAINED, Runs, adapted_run, question_name, tuned_run
 from pipelines.uniperceiver.tables import EASY_VQA, EMOJI, FASHION, LETTERS, TINY
 from pipelines.uniperceiver.tasks import read_tokens
+from pipelines.uniperceiver.words import Vocabulary
 from pipelines.worlds import easy_vqa
 from pipelines.worlds.examples import in_split
 from pipelines.worlds.label_sets import FASHION_FOLDER
@@ -61,6 +71,24 @@ def test_joined_tokens_hold_the_cells_that_they_cover() -> None:
         JOIN_GRIDS.outputs([(49, 40), (16, 112)], {})
 
 
+def test_tables_hold_means_over_seeds_beside_controls() -> None:
+    question = question_name(EASY_VQA, 0.01)
+    assert question == "easy-VQA 1 %"
+    results = Results(make_result("prompts", question, 4 + seed, seed=seed) for seed in (0, 2))
+    columns, (row, chance) = model_table(results, EASY_VQA, 0.01, ["prompts", "missing"], COLUMNS[EASY_VQA])
+    assert columns[:3] == ["in %", "all", "open"]
+    assert row[0] == "prompts"
+    assert row[2].startswith("50.0 [")
+    assert row[3:5] == ["", ""]  # not measured
+    assert row[5] == "0.0 [0.0, 0.0]"
+    assert chance == ["chance", "25.0", "", "", "", "", ""]
+    results = Results([make_result(PRETRAINED, "classes", 9)])
+    (first, _) = pretraining_table(results, ["classes"])[1]
+    assert first[0] == "classes: accuracy"
+    assert first[1].startswith("90.0 [")
+    assert first[2:] == ["items of others: 0.0", "25.0", "10"]
+
+
 def test_models_are_compared_on_the_same_items() -> None:
     found = [make_result(model, "q", 4 + seed, seed=seed, first_item=seed) for model in ("a", "b") for seed in (0, 1)]
     results = Results([*found, make_result("other", "q", 6, first_item=1), make_result("other", "q", 7, seed=1)])
@@ -94,8 +122,37 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 @pytest.mark.filterwarnings("ignore:The number of unique classes:UserWarning:sklearn")  # of a few examples
 class TestTinyPipeline:
+    def test_data_is_complete(self, folder: Path) -> None:
+        data = Data(folder)
+        for name in ("shapes", "vqa", "emoji", "fashion"):
+            feature = Cache(data.cache(name)).feature("image", IMAGE_TOKENS)
+            assert feature.shape[1:] == (16, 272)
+            assert feature.axis == Axis(kind="grid", rows=4, columns=4, box=(0.0, 0.0, 1.0, 1.0))
+        assert Cache(data.cache("letters")).feature("audio", AUDIO_TOKENS).shape == (52, -1, 384)
+        words = data.words_path.read_text().split()
+        vocabulary = Vocabulary(words)
+        cache = Cache(data.cache("words"))
+        assert cache.feature("text", WORD_VECTORS).shape == (len(words), 384)
+        caches = {"descriptions": None, "vqa": "vqa", "emoji-captions": "emoji", "letters-classes": "letters"}
+        caches |= {f"shapes-{name}": "shapes" for name in ("classes", "captions", "statements")}
+        caches["fashion-classes"] = "fashion"
+        for name, home in caches.items():
+            examples = data.examples(name)
+            texts = [text for column in ("text", "target") for text in data.distinct(name, column)]
+            assert vocabulary.require_known(texts, name).num_texts == len(texts)
+            if home is not None:
+                keys = pc.unique(examples["key"].combine_chunks())
+                known = Cache(data.cache(home)).samples["key"].combine_chunks()
+                assert pc.all(pc.is_in(keys, known)).as_py()
+
     def test_writes_its_page(self, folder: Path) -> None:
+        html = (folder / "uniperceiver.html").read_text()
+        assert "No figure of the paper is repeated" in html
+        assert html.count("<svg") == 2
         page = (folder / "uniperceiver.md").read_text()
+        for name in ("uniperceiver-curves.svg", "uniperceiver-images.jpg"):
+            assert name in page
+            assert (folder / name).is_file()
         results, (fraction,) = Results.read(folder), TINY.fractions
         for question in MEASURED:
             assert f"| {question}: " in page
@@ -114,6 +171,7 @@ class TestTinyPipeline:
         assert groups.keys() == {"open", "yes-no", "negated"}
         assert (np.stack(list(groups.values())).sum(axis=0) == 1).all()  # each question is of one kind
         check_parts(runs)
+        check_trained(runs)
 
     def test_answers_about_an_image_as_about_cached_tokens(self, folder: Path, tmp_path: Path) -> None:
         runs = Runs(folder=folder / "seed0", data=Data(folder), seed=0, size=TINY)
@@ -171,3 +229,25 @@ def open_texts(data: Data) -> tuple[list[str], Floats]:
     feature = cache.feature("text", WORD_VECTORS)
     texts = cache.items("text")["text"].to_pylist()
     return texts, normalize(np.asarray(feature.gather(np.arange(len(texts))), np.float32))
+
+
+def check_trained(runs: Runs) -> None:
+    """A new adapter is all that is trained for recordings; the transformer stays as it was in prompt tuning."""
+    start = load_weights(runs.path(PRETRAINED))
+    for run, changed in [
+        (adapted_run("new adapter", runs.tables.speakers()[0]), ("adapters.audio.", "classifiers.classify.")),
+        (tuned_run("prompts", EMOJI, 1), ("prompts.", "norm", "classifiers.")),
+    ]:
+        weights = load_weights(runs.path(run))
+        assert all(
+            name in start and np.array_equal(values, start[name])
+            for name, values in weights.items()
+            if not any(part in name for part in changed)
+        )
+    settings = Run.open(runs.path(adapted_run("new adapter", "klettres-us"))).info.settings
+    assert settings["parts"]["trainable"] == "audio+scale-classify"
+
+
+def load_weights(run: Path) -> dict[str, Array]:
+    """Return the weights of a run by name."""
+    return load_file(run / "model.safetensors")

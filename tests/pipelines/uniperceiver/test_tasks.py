@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, normalize
 
 from embedcache.errors import DataError
-from pipelines.uniperceiver import candidates
-from pipelines.uniperceiver.candidates import cross_entropy_over, draw_candidates
+from embedcache.train.losses import InfoNce, MultiPositive
+from embedcache.train.losses import Positives as LossPositives
+from pipelines.uniperceiver import candidates, tasks
+from pipelines.uniperceiver.candidates import CosineClassifier, cross_entropy_over, draw_candidates
 from pipelines.uniperceiver.evaluation import load_shared
 from pipelines.uniperceiver.network import SharedNetwork, Tokens
 from pipelines.uniperceiver.tasks import load_words, predict, read_tokens, retrieval_ranks
@@ -32,6 +34,19 @@ def test_targets_are_candidates_and_texts_have_one_blank(squares: Squares) -> No
     with pytest.raises(DataError, match="at most one blank"):
         squares.task("texts", "answer").load(two, None, device="cpu")
     squares.task("masked", "masked", "texts").load(two, None, device="cpu")  # its texts are not read
+
+
+@pytest.mark.slow
+def test_blocks_do_not_change_predictions(squares: Squares, squares_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network, _ = load_shared(squares_run)
+    task = squares.task("masked", "masked", "captions")
+    whole = predict(task, network, squares.valid["captions"], device="cpu")
+    assert whole.example_M.max() == len(squares.valid["captions"]) - 1
+    assert (np.diff(whole.example_M) >= 0).all()
+    monkeypatch.setattr(tasks, "_BLOCK_ROWS", 30)
+    few = predict(task, network, squares.valid["captions"], device="cpu")
+    assert len(few.predicted_M) == len(few.target_M) == len(few.example_M)
+    assert few.is_correct_M.tolist() == (few.predicted_M == few.target_M).tolist()
 
 
 def test_pairs_of_a_batch_count_equal_texts_and_items_once(squares: Squares) -> None:
@@ -99,6 +114,19 @@ def test_loss_is_that_of_a_linear_layer() -> None:
 
     gradients = [torch.autograd.grad(loss, [linear.weight, linear.bias]) for loss in (found, expected)]
     torch.testing.assert_close(*gradients, atol=1e-6, rtol=0)
+
+
+def test_candidates_of_the_batch_are_the_losses_of_pairs() -> None:
+    images, texts = torch.randn(6, 4), torch.randn(6, 4)
+    classifier = CosineClassifier()
+    scale = classifier.scale.detach()
+    for contents, loss in ((np.arange(6), InfoNce()), (np.array([0, 1, 0, 2, 1, 0]), MultiPositive())):
+        of_images, of_texts = map(torch.from_numpy, np.nonzero(contents[:, None] == contents))
+        pairs = LossPositives(first=of_images, second=of_texts)
+        expected = loss(normalize(images, dim=1), normalize(texts, dim=1), scale, pairs)
+        found = cross_entropy_over(*classifier.scaled(images, texts), (of_images, of_texts))
+        found = (found + cross_entropy_over(*classifier.scaled(texts, images), (of_texts, of_images))) / 2
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 def test_blocks_of_logits_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
