@@ -262,7 +262,7 @@ def test_incomparable_caches_raise(caches: tuple[Path, Path], tmp_path: Path) ->
 
 
 def test_removed_samples_are_in_no_clean_selection(without: Cache, two_caches: list[Path], tmp_path: Path) -> None:
-    report = find_leaks(without.path, two_caches[1], feature=BOTH, cosine={"image": 0.99, "text": 0.95})
+    report = find_leaks(without.path, two_caches[1], feature=BOTH, cosine={"image": 0.95, "text": 0.95})
     num_kept = write_clean_selection(tmp_path / "clean.parquet", report)
     kept = pq.read_table(tmp_path / "clean.parquet")["row"].to_pylist()
     assert (report.num_train_samples, report.num_test_samples) == (37, 80)
