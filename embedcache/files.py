@@ -149,7 +149,7 @@ def find_named(name: str, folder: Path, option: str) -> AnyPath:
     if is_url(name) and has_trust():
         return name
     if is_url(name):
-        raise PathError(f"{option} {name}, which {folder} names, is a URL: give --{option}, or --trust to ask it")
+        raise PathError(f"{option} {name}, which {folder} names, is a URL: give --{option}, or --trust to open it")
     path = folder / name
     if not any((path / manifest).is_file() for manifest in MANIFESTS):
         raise PathError(f"{option} {path}, which {folder} names, does not exist; if it has moved, give --{option}")

@@ -13,10 +13,8 @@ from typer.core import TyperGroup
 from embedcache.cli import cache, curate, evaluate, export, extract, import_, search, train
 from embedcache.cli.commands import CommandGroup, command
 from embedcache.cli.console import run_program
+from embedcache.quickstart import IMAGE_ENCODER, TEXT_ENCODER
 from embedcache.registry import search_plugins_in
-
-_IMAGE_ENCODER = "lite:efficientnet-lite0"
-_TEXT_ENCODER = "st:all-MiniLM-L6-v2"
 
 app = typer.Typer(
     cls=CommandGroup,
@@ -58,8 +56,8 @@ def quickstart(
     folder: Annotated[
         Path | None, typer.Argument(metavar="FOLDER", help="New folder for the results; may be given without DATA.")
     ] = None,
-    image_encoder: Annotated[str, typer.Option(metavar="SPEC", help="Encoder of images.")] = _IMAGE_ENCODER,
-    text_encoder: Annotated[str, typer.Option(metavar="SPEC", help="Encoder of captions.")] = _TEXT_ENCODER,
+    image_encoder: Annotated[str, typer.Option(metavar="SPEC", help="Encoder of images.")] = IMAGE_ENCODER,
+    text_encoder: Annotated[str, typer.Option(metavar="SPEC", help="Encoder of captions.")] = TEXT_ENCODER,
 ) -> Any:
     """Run the whole system on your images, or on packaged ones.
 

@@ -156,7 +156,7 @@ class InputFeature:
 
 
 def gather(readers: Iterable[Reader], rows: Ints, which: Ints) -> Inputs:
-    """Read each row with the reader of a number, in the order of `readers`; padded to the longest."""
+    """Read each row with the reader that `which` numbers. Token sequences are padded to the longest one."""
     parts: list[tuple[Ints, Inputs]] = []
     for number, read in enumerate(readers):
         positions = np.flatnonzero(which == number)

@@ -34,6 +34,7 @@ from embedcache.files import write_atomic
 from embedcache.modalities import Source
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import peak_memory_bytes, read_json, recognize, write_record
+from embedcache.quickstart import IMAGE_ENCODER, TEXT_ENCODER
 from embedcache.reports.coverage import concept_sections, coverage_json
 from embedcache.reports.dedup import duplicate_section
 from embedcache.reports.figures import COLORS, INK, label, open_axes, svg
@@ -62,8 +63,6 @@ from embedcache.train.train import TrainReport, train
 
 T = TypeVar("T")
 
-IMAGE_ENCODER = "lite:efficientnet-lite0"
-TEXT_ENCODER = "st:all-MiniLM-L6-v2"
 LARGER_ENCODERS = ("timm:vit_base_patch14_dinov2.lvd142m", "st:all-roberta-large-v1")
 """Encoders of images and of texts that are downloaded from a hub."""
 
