@@ -50,6 +50,7 @@ class ItemSet(NamedTuple):
     def batches(self, size: int) -> Iterator[Floats]:
         """Iterate over the unit vectors of all items, at least `size` at a time; each chunk is read once."""
         rows = self.items.rows
+
         chunk_size = self.feature.group.info.chunk_size
         parts: list[Floats] = []
         for chunk in distinct(rows // chunk_size).tolist():
@@ -67,11 +68,15 @@ def find_equal(items: ItemSet, others: ItemSet) -> tuple[Ints, Bools]:
     """Return the first row among others with the bytes of each item, -1 if there is none, and which others it is of."""
     hashes_Q = items.feature.hashes_of(items.items.rows)
     contents = pc.unique(hashes_Q)
+
     hashes_C = others.feature.hashes_of(others.items.rows)
     numbers_C = pc.fill_null(pc.index_in(hashes_C, value_set=contents, skip_nulls=True), -1).to_numpy()
     is_equal_C: Bools = numbers_C >= 0
-    first_F = np.full(len(contents) + 1, -1, np.int64)  # the last is that of an item without a hash
+
+    # The last place belongs to items without a hash. Assigned in reverse, the first row of a content stays.
+    first_F = np.full(len(contents) + 1, -1, np.int64)
     first_F[numbers_C[is_equal_C][::-1]] = others.items.rows[is_equal_C][::-1]
+
     numbers_Q = pc.fill_null(pc.index_in(hashes_Q, value_set=contents, skip_nulls=True), -1).to_numpy()
     return first_F[numbers_Q], is_equal_C
 
@@ -109,33 +114,42 @@ def find_near(
         items: at least one item; their vectors are kept in the scratch file, and may be fewer than the others.
         others: other items of the same feature, which are read once.
         cosine: pairs of at least this cosine are to be found.
-        is_probe: (Q,) items that may be drawn to measure recall; None: all.
-        all_pairs: whether all pairs are compared; None: if that takes about a minute.
-        seed: of clusters and of the drawn items.
-        scratch: folder of the scratch file; None: the system's.
-        device: where products are computed.
+        is_probe: (Q,) items that may be drawn to measure recall. If None, all.
+        all_pairs: whether all pairs are compared. If None, they are if that takes at most about a minute.
+        seed: seed of the clusters and of the drawn items.
+        scratch: folder of the scratch file. If None, use the system's.
+        device: device that computes the products.
         progress: progress in other items.
     """
     queries = items.vectors()
-    num_items, num_others = len(items.items.rows), len(others.items.rows)
+    num_items = len(items.items.rows)
+    num_others = len(others.items.rows)
     if all_pairs is None:
         all_pairs = num_items * num_others * queries.width <= ALL_PAIRS_LIMIT
+
     clusters = find_clusters(queries, cosine, all_pairs=all_pairs, seed=seed, progress=progress)
+
     best = KBest(num_items, 1)
     other_sims = np.full(num_others, -np.inf, np.float32)
+
+    # The recall is measured on drawn items, which are compared with all others.
     probes = draw_probes(np.arange(num_items) if is_probe is None else np.flatnonzero(is_probe), seed)
     is_drawn = np.zeros(num_items, bool)
     is_drawn[probes] = True
+
     limit = cosine_limit(cosine)
     products = products_on(device)
     num_pairs = num_found = 0
+
     with arrange(queries, clusters, scratch=scratch, progress=NullProgress()) as arranged:
         probes_QP = arranged.read(arranged.positions[probes])
         progress.start(f"comparing with {num_others:,} {queries.unit}", num_others, queries.unit)
+
         start = 0
         for others_BP in others.batches(_BATCH):
             if not all_pairs:
                 num_pairs += int((products(probes_QP, others_BP) >= limit).sum())
+
             for tile in arranged.tiles_with(others_BP, products):
                 num_found += int((tile.cosines[is_drawn[tile.left]] >= limit).sum())
                 best.add_block(tile.left, tile.right + start, tile.cosines)
@@ -144,6 +158,7 @@ def find_near(
             start += len(others_BP)
             progress.advance(len(others_BP))
         progress.finish()
+
     return NearItems(
         closest=best.numbers[:, 0].astype(np.int64),
         sims=best.scores[:, 0],
@@ -161,7 +176,7 @@ MAX_COMPARED_ITEMS = 200_000
 def pair_sides(pairs: Pairs, readers: Mapping[str, Reader]) -> dict[str, tuple[Items, Reader]]:
     """Return modality -> items and their reader; with one reader, only of the first items."""
     sides = zip((pairs.first, pairs.second), readers.items(), strict=False)
-    return {modality: (items, read) for items, (modality, read) in sides}
+    return {modality: (items, reader) for items, (modality, reader) in sides}
 
 
 def near_duplicate_groups(
@@ -185,13 +200,15 @@ def near_duplicate_groups(
     """
     groups = np.arange(len(samples))
     use_all_pairs = sum(len(items.rows) for items, _ in sides.values()) <= MAX_COMPARED_ITEMS
-    for modality, (items, read) in sides.items():
+    for modality, (items, reader) in sides.items():
         cosine = settings.cosines[modality]
-        vectors = _open_items(items, read, f"{modality} items for the {purpose}")
+        vectors = _open_items(items, reader, f"{modality} items for the {purpose}")
         clusters = find_clusters(vectors, cosine, all_pairs=use_all_pairs, seed=settings.seed, progress=progress)
         nodes = np.searchsorted(samples, items.samples)
         with arrange(vectors, clusters, progress=progress) as arranged:
             groups = _merge_near(arranged, GroupCollector(groups, nodes, cosine), are_useless, progress)
+
+            # Groups only grow, so the other modalities cannot repair a split that has lost its parts.
             if are_useless(groups):
                 return groups
             _note_recall(
@@ -221,8 +238,8 @@ def _note_recall(arranged: Arranged, groups_N: Ints, cosine: float, what: str, s
     )
     if recall is None:
         return
-    found = "there is none" if recall.value is None else f"{recall.value:.4f} are in one group"
+    share = "there is none" if recall.value is None else f"{recall.value:.4f} are in one group"
     progress.note(
         f"{what} compared within clusters; of the {recall.num_pairs:,} pairs above cosine {cosine:g} that hold one of "
-        f"{recall.num_items:,} random items, {found}"
+        f"{recall.num_items:,} random items, {share}"
     )

@@ -75,8 +75,12 @@ class Pairs:
         """
         first, second = self.all_pairs()
         shape = tuple(int(side.contents.max(initial=0)) + 1 for side in (self.first, self.second))
-        ones, contents = np.ones(len(first), bool), (self.first.contents[first], self.second.contents[second])
+
+        # The positions are freed first, as the sparse matrix needs several copies of the pairs.
+        ones = np.ones(len(first), bool)
+        contents = (self.first.contents[first], self.second.contents[second])
         del first, second
+
         return scipy.sparse.csr_array((ones, contents), shape=shape)
 
     def positives(self) -> tuple[Ints, Ints]:
@@ -107,8 +111,8 @@ def pair_items(
     Args:
         first: feature of one modality of each cache, such as an image feature.
         second: feature of another modality of each cache.
-        language: keep only captions in this language; None or `any` keeps all.
-        is_numbered: as of `read_items`.
+        language: keep only captions in this language. If None or `any`, keep all.
+        is_numbered: as in `read_items`.
         progress: progress in items.
 
     Raises:
@@ -116,22 +120,26 @@ def pair_items(
         UnknownNameError: no caption is in that language.
         DataError: no sample has both features.
     """
-    sides, progress = [], progress or NullProgress()
+    progress = progress or NullProgress()
     progress.start("pairing", sum(feature.num_items for feature in (*first, *second)), "items")
+    sides = []
     for features in (first, second):
         items = read_items(caches, features, progress, is_numbered=is_numbered)
         if language not in (None, ANY_LANGUAGE) and features[0].modality == "text":
             items = items.where(is_language(caches, str(language))[items.rows])
         sides.append(items)
-    both = shared_samples(sides[0], sides[1])
-    if not len(both):
+
+    samples = shared_samples(sides[0], sides[1])
+    if not len(samples):
         raise DataError(
             f"{name_caches(caches)}: expected samples with {first[0].name} and {second[0].name}, got none; "
             "check --language and embedcache inspect"
         )
+
+    # The items of other samples are dropped before the pair is made, which halves the memory.
     del items
     for place in (0, 1):
-        sides[place] = sides[place].select(both)  # the other items are not kept
+        sides[place] = sides[place].select(samples)
     progress.finish()
     return Pairs(first=sides[0], second=sides[1])
 
@@ -147,8 +155,8 @@ def choose_language(
 ) -> str | None:
     """Return the language of the captions to pair; None is all.
 
-    If none is named, it is that of the first caption, provided that every sample has a caption in it and some have
-    others, too: an encoder finds captions alike in languages that it does not know. A note says so.
+    If none is named, return the language of the first caption if every sample has a caption in it and some captions
+    have another language. An encoder finds captions alike in languages that it does not know. A note says so.
     """
     if named is not None or "text" not in modalities:
         return named
@@ -208,7 +216,10 @@ def read_items(
         progress.advance(feature.num_items // 2)
     hashes = pa.chunked_array([chunk for feature in features for chunk in feature.hashes.array.chunks], HASH)
     contents_N = number_contents(hashes) if is_numbered else np.broadcast_to(np.int64(-1), len(hashes))
-    samples_N, stop, num_before = np.empty(len(hashes), np.int64), 0, 0
+
+    samples_N = np.empty(len(hashes), np.int64)
+    stop = 0
+    num_before = 0
     for cache, feature in zip(caches, features, strict=True):
         samples = cache.items(feature.modality, columns=["sample"])["sample"]
         if len(samples) != feature.num_items:
@@ -216,10 +227,12 @@ def read_items(
                 f"feature {feature.name}: expected {len(samples)} rows as in its item table, got {feature.num_items}"
             )
         for chunk in samples.chunks:
-            start, stop = stop, stop + len(chunk)
+            start = stop
+            stop += len(chunk)
             np.add(chunk.to_numpy(), num_before, out=samples_N[start:stop])
         num_before += cache.info.num_samples
         progress.advance(feature.num_items - feature.num_items // 2)
+
     rows = np.flatnonzero(np.concatenate([feature.valid for feature in features]))
     return Items(rows=rows, samples=samples_N[rows], contents=contents_N[rows])
 
@@ -234,11 +247,11 @@ def is_language(caches: Sequence[Cache], language: str) -> Bools:
     languages = caption_languages(caches)
     mask: Bools = pc.fill_null(pc.equal(languages, language), False).to_numpy()  # noqa: FBT003
     if not mask.any():
-        known = set(map(str, pc.unique(languages.drop_null()).to_pylist()))
-        if not known:
+        known_languages = set(map(str, pc.unique(languages.drop_null()).to_pylist()))
+        if not known_languages:
             raise UnknownNameError(
                 f"the captions of {name_caches(caches)} have no language, expected {language}; use --language any for "
                 "all captions, or extract with --language-column"
             )
-        raise unknown_name("caption language", language, known, where=f"in {name_caches(caches)}")
+        raise unknown_name("caption language", language, known_languages, where=f"in {name_caches(caches)}")
     return mask

@@ -145,16 +145,18 @@ def read_negatives(paths: Sequence[AnyPath], caches: Sequence[Cache]) -> HardNeg
 
     Raises:
         PathError, CorruptError: as in `keytable.read`.
-        DataError: a table is of other samples than those of the caches, or two are of one cache.
+        DataError: a table has samples of other caches, or two tables have samples of one cache.
     """
     firsts = np.cumsum([0, *map(len, caches)])
-    negatives_SK, groups_S = np.full((firsts[-1], 0), -1, np.int32), np.full(firsts[-1], -1, np.int64)
+    negatives_SK = np.full((firsts[-1], 0), -1, np.int32)
+    groups_S = np.full(firsts[-1], -1, np.int64)
     for path in map(Path, paths):
         table = keytable.read(path, caches, "negatives")
         first = int(firsts[np.searchsorted(firsts, table.rows[0], side="right") - 1])
         if (groups_S[table.rows] >= 0).any():
             raise DataError(f"negatives {path}: expected one table per cache, got a second one of a cache")
-        # No two caches share a number then, as each is below the number of the cache's samples.
+
+        # Group numbers are below the number of a cache's samples, so the offset keeps those of two caches apart.
         groups_S[table.rows] = first + table.columns["group"].to_numpy()
 
         lists = table.columns["negatives"]
@@ -165,8 +167,9 @@ def read_negatives(paths: Sequence[AnyPath], caches: Sequence[Cache]) -> HardNeg
         negatives_MK[np.arange(width) < lengths_M[:, None]] = first + pc.list_flatten(lists).to_numpy()
         negatives_SK[table.rows] = negatives_MK
 
-    alone = np.flatnonzero(groups_S < 0)
-    groups_S[alone] = -1 - alone
+    # Negative numbers are free, so each sample without a row becomes a group of its own.
+    single_rows = np.flatnonzero(groups_S < 0)
+    groups_S[single_rows] = -1 - single_rows
     return HardNegatives(negatives_SK=negatives_SK, groups_S=groups_S)
 
 
@@ -189,7 +192,7 @@ def read_scores(path: Path | str, cache: Cache, name: str | None = None) -> Scor
     Args:
         path: Parquet file with a column `key` and numbers, from `curate score`, `curate outliers` or another tool.
         cache: the cache.
-        name: column of the score; None: the only one that holds numbers.
+        name: column of the score. If None, the only column of numbers.
 
     Raises:
         PathError, CorruptError: as in `keytable.read`.
@@ -198,12 +201,14 @@ def read_scores(path: Path | str, cache: Cache, name: str | None = None) -> Scor
         DataError: it has a key twice, or no key of the cache.
     """
     path = Path(path)
-    found = keytable.read(path, [cache], "scores", can_be_others=True)
-    name = _choose_column(path, found.columns.schema, name)
-    column = found.columns[name]
+    table = keytable.read(path, [cache], "scores", can_be_others=True)
+    name = _choose_column(path, table.columns.schema, name)
+    column = table.columns[name]
+
+    # Integers and decimals need float64, as float32 rounds above 2^24.
     kind = pa.float32() if column.type in (pa.float16(), pa.float32()) else pa.float64()
     values: Array = np.full(len(cache), np.nan, kind.to_pandas_dtype())
-    values[found.rows] = column.cast(kind, safe=False).to_numpy()  # null is NaN
+    values[table.rows] = column.cast(kind, safe=False).to_numpy()  # null is NaN
     return Score(name, values)
 
 

@@ -144,9 +144,12 @@ def read_split(path: Path, caches: Sequence[Cache]) -> Split:
     split = keytable.read(path, caches, "split")
     table = split.align(num_samples)
     parts = pc.fill_null(table["part"], "")
+
+    # Each sample that the file lacks is a group of its own, so that no two of them count as near-duplicates.
     is_other = table["group"].is_null().to_numpy()
     groups = pc.fill_null(table["group"], -1).to_numpy().copy()
     groups[is_other] = groups.max() + 1 + np.arange(np.count_nonzero(is_other))
+
     return Split(parts=Column(parts), groups=Column(pa.array(groups)), **_read_rule(path, split.about))
 
 
@@ -172,9 +175,9 @@ def _read_rule(path: Path, about: Mapping[str, Any]) -> dict[str, Any]:
 
 def column_parts(names: "pa.Array | pa.ChunkedArray") -> "pa.Array | pa.ChunkedArray":
     """Return the part that each value of a column `split` names, as texts: empty for null and all other values."""
-    known = pc.unique(names)
-    parts = pa.array([PART_NAMES.get(str(name).lower(), "") for name in known.to_pylist()], pa.string())
-    return parts.take(pc.index_in(names, value_set=known))
+    distinct_names = pc.unique(names)
+    parts = pa.array([PART_NAMES.get(str(name).lower(), "") for name in distinct_names.to_pylist()], pa.string())
+    return parts.take(pc.index_in(names, value_set=distinct_names))
 
 
 _CODES = {"train": 0, "val": 1, "test": 2, "": 3}
@@ -212,17 +215,22 @@ def make_split(
     progress = progress or NullProgress()
     samples = pairs.samples
     sides = pair_sides(pairs, readers)
-    wanted: Sequence[str] = settings.modalities or tuple(MODALITIES)
-    sides = {modality: side for modality, side in sides.items() if modality in wanted}
-    others = [modality for modality in MODALITIES if modality in wanted and modality not in readers]
-    sides |= _open_sides(caches, samples, others, progress)
-    if settings.modalities and (missing := sorted(set(wanted) - set(sides))):
+    modalities: Sequence[str] = settings.modalities or tuple(MODALITIES)
+    sides = {modality: side for modality, side in sides.items() if modality in modalities}
+    compared = [modality for modality in MODALITIES if modality in modalities and modality not in readers]
+    sides |= _open_sides(caches, samples, compared, progress)
+
+    # A modality that the user names must be compared, as a silent omission would let near-duplicates leak.
+    if settings.modalities and (absent := sorted(set(modalities) - set(sides))):
         raise SettingError(
-            f"split_by: expected modalities with a complete feature in {name_caches(caches)}, got {', '.join(missing)}"
+            f"split_by: expected modalities with a complete feature in {name_caches(caches)}, got {', '.join(absent)}"
         )
+
+    # The comparison stops early once no drawing of the groups can fill the parts.
     groups = near_duplicate_groups(
         samples, settings, sides, progress, are_useless=lambda groups: _lack_parts(groups, settings)
     )
+
     split = _by_groups(caches, samples, number_values(groups), settings, progress)
     _require_parts(split, groups, settings, sides)
     return replace(split, rule="strict", compared=tuple(sides), cosines=settings.cosines)
@@ -240,11 +248,12 @@ def _open_sides(
         if not features:
             progress.note(f"the strict split does not compare {noun(modality)}: the caches have no complete feature")
             continue
+
         items = read_items(caches, features, is_numbered=False).select(samples)
         if not len(items.rows):
             continue
-        read = join_readers([feature.read for feature in features], [feature.num_items for feature in features])
-        sides[modality] = (items, read)
+        reader = join_readers([feature.read for feature in features], [feature.num_items for feature in features])
+        sides[modality] = (items, reader)
         progress.note(f"the strict split also compares {noun(modality)}, by {features[0].name}; --split-by limits it")
     return sides
 
@@ -254,7 +263,7 @@ def _shared_feature(caches: Sequence[Cache], modality: str) -> list[InputFeature
 
     Vectors come before tokens, and the last layer before others.
     """
-    found = []
+    candidates = []
     for feature in caches[0].default_features(modality):
         try:
             opened = [open_input(cache, modality, feature.name) for cache in caches]
@@ -263,8 +272,8 @@ def _shared_feature(caches: Sequence[Cache], modality: str) -> list[InputFeature
         except (UnknownNameError, UnfinishedError):
             continue
         if not any(name_differences(opened[0].fingerprint, other.fingerprint) for other in opened[1:]):
-            found.append(opened)
-    return min(found, key=lambda opened: (opened[0].has_tokens, "/layer" in opened[0].name), default=[])
+            candidates.append(opened)
+    return min(candidates, key=lambda opened: (opened[0].has_tokens, "/layer" in opened[0].name), default=[])
 
 
 def split_samples(
@@ -318,8 +327,11 @@ def draw_groups(
     sizes_G = np.bincount(groups_S)
     progress = progress or NullProgress()
     progress.start("splitting", len(groups_S), "samples")
-    drawn_G, leads_G = np.full(len(sizes_G), -1, np.int64), _leads(keys, groups_S, sizes_G)
+    leads_G = _leads(keys, groups_S, sizes_G)
     order = _random_order(keys, leads_G, sizes_G, seed, progress)
+
+    # A later quota draws only from the groups that the earlier ones did not use.
+    drawn_G = np.full(len(sizes_G), -1, np.int64)
     for number, quota in enumerate(quotas):
         is_taken = _take_first(sizes_G[order], quota)
         drawn_G[order[is_taken]] = number
@@ -343,10 +355,11 @@ def _require_parts(split: Split, groups: Ints, settings: SplitSettings, modaliti
             f"--split key leaves no validation or test samples among {len(groups):,}; raise --val-fraction and "
             "--test-fraction, or use more samples"
         )
-    named = " and ".join(f"--cosine {modality}={settings.cosines[modality]}" for modality in modalities)
+
+    options = " and ".join(f"--cosine {modality}={settings.cosines[modality]}" for modality in modalities)
     raise SettingError(
         f"--split {settings.kind} leaves no validation or test samples among {len(groups):,}: the largest "
-        f"near-duplicate group has at least {np.bincount(groups).max():,} samples; raise {named}, compare fewer "
+        f"near-duplicate group has at least {np.bincount(groups).max():,} samples; raise {options}, compare fewer "
         "modalities with --split-by, use captions in one --language, or use --split key"
     )
 
@@ -356,19 +369,25 @@ def _by_column(caches: Sequence[Cache], samples: Ints, settings: SplitSettings, 
         if "split" not in cache.columns:
             raise SourceError(f"the samples of {cache.path} have no column 'split'; use --split strict or --split key")
     columns = [cache.column("split") for cache in caches]
+
     codes = [pc.index_in(column_parts(names), value_set=pa.array(list(_CODES))) for names in columns]
     part_S = np.concatenate([of_cache.to_numpy() for of_cache in codes]).astype(np.int8)
+
     if not {_CODES["train"], _CODES["test"]} <= set(distinct(part_S).tolist()):
-        known = sorted({str(name).lower() for names in columns for name in pc.unique(names).to_pylist()})
-        raise SourceError(f"column 'split' of {name_caches(caches)}: expected train and test, got {', '.join(known)}")
+        values = sorted({str(name).lower() for names in columns for name in pc.unique(names).to_pylist()})
+        raise SourceError(f"column 'split' of {name_caches(caches)}: expected train and test, got {', '.join(values)}")
+
+    # Samples without both features are in no part, even if the column names one.
     is_used = np.zeros(len(part_S), bool)
     is_used[samples] = True
     part_S[~is_used] = _CODES[""]
+
+    # A source without validation samples gets them from its training samples, never from its test samples.
     if not (part_S == _CODES["val"]).any():
         train = np.flatnonzero(part_S == _CODES["train"])
         quota = _quota(settings.val_fraction, settings.max_val, len(train))
-        drawn = draw_groups(Keys(caches, train), np.arange(len(train)), [quota], settings.seed, progress)
-        part_S[train[drawn == 0]] = _CODES["val"]
+        quota_numbers = draw_groups(Keys(caches, train), np.arange(len(train)), [quota], settings.seed, progress)
+        part_S[train[quota_numbers == 0]] = _CODES["val"]
     return _split(part_S, np.arange(len(part_S)))
 
 
@@ -378,9 +397,12 @@ def _by_groups(
     """Draw the parts of samples, ascending, by whole groups, which are numbered from 0."""
     num_samples = sum(map(len, caches))
     quotas = _quotas(settings, len(samples))
-    drawn = draw_groups(Keys(caches, samples), groups, quotas, settings.seed, progress)
-    part_S, group_S = np.full(num_samples, _CODES[""], np.int8), np.full(num_samples, -1, np.int64)
-    part_S[samples] = np.array([_CODES["train"], _CODES["test"], _CODES["val"]], np.int8)[drawn + 1]
+    quota_numbers = draw_groups(Keys(caches, samples), groups, quotas, settings.seed, progress)
+
+    # Samples without both features are in no part and no group.
+    part_S = np.full(num_samples, _CODES[""], np.int8)
+    group_S = np.full(num_samples, -1, np.int64)
+    part_S[samples] = np.array([_CODES["train"], _CODES["test"], _CODES["val"]], np.int8)[quota_numbers + 1]
     group_S[samples] = groups
     return _split(part_S, group_S)
 
@@ -406,8 +428,11 @@ def _quota(fraction: float, largest: int, count: int) -> int:
 
 def _leads(keys: "Keys | pa.Array", groups_S: Ints, sizes_G: Ints) -> Ints:
     """Return the sample of the lowest key of each group."""
-    lead_G, is_shared_S = np.empty(len(sizes_G), np.int64), sizes_G[groups_S] > 1
+    lead_G = np.empty(len(sizes_G), np.int64)
+    is_shared_S = sizes_G[groups_S] > 1
     lead_G[groups_S[~is_shared_S]] = np.flatnonzero(~is_shared_S)
+
+    # Keys are read and sorted only for groups of several samples, as most groups have one.
     shared = np.flatnonzero(is_shared_S)
     if len(shared):
         by_key = shared[pc.sort_indices(pa.chunked_array(_blocks(keys, shared))).to_numpy()]
@@ -419,10 +444,12 @@ def _random_order(keys: "Keys | pa.Array", lead_G: Ints, sizes_G: Ints, seed: in
     """Return the groups by the SHA-256 of the seed and their lowest key, of which the first 64 bits decide."""
     by_lead_G = np.argsort(lead_G, kind="stable")
     word_G = np.empty(len(lead_G), np.uint64)
+
     salt = f"{seed}:".encode()
     start = 0
     for block in _blocks(keys, lead_G[by_lead_G]):
         digests = [hashlib.sha256(salt + key).digest()[:8] for key in block.cast(pa.binary()).to_pylist()]
+
         hashed = by_lead_G[start : start + len(block)]
         word_G[hashed] = np.frombuffer(b"".join(digests), ">u8")
         start += len(block)
@@ -437,7 +464,8 @@ def _blocks(keys: "Keys | pa.Array", rows: Ints) -> Iterator[pa.Array]:
 
 def _take_first(sizes: Ints, quota: int) -> Bools:
     """Return which of some groups to take in their order, skipping those that are larger than what is left."""
-    is_taken, start = np.zeros(len(sizes), bool), 0
+    is_taken = np.zeros(len(sizes), bool)
+    start = 0
     while len(fits := np.flatnonzero(sizes[start:] <= quota)):
         start += int(fits[0])
         count = int(np.searchsorted(np.cumsum(sizes[start:]), quota, side="right"))

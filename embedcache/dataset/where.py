@@ -27,7 +27,8 @@ from embedcache.registry import unknown_name
 from embedcache.store.cache import Cache
 from embedcache.store.layout import SAMPLES
 
-_MAX_LENGTH, _MAX_DEPTH = 10_000, 50
+_MAX_LENGTH = 10_000
+_MAX_DEPTH = 50
 _BLOCK = 2**18
 _INT64_DIGITS = 19
 _TOKEN = re.compile(
@@ -75,17 +76,22 @@ def rows_where(caches: Sequence[Cache], expression: str, *, timeout_s: float | N
     """
     condition = parse_where(expression)
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
-    parts, first = [np.empty(0, np.int64)], 0
+
+    parts = [np.empty(0, np.int64)]
+    first = 0
     for cache in caches:
         for name in condition.columns:
             if name not in cache.columns:
                 raise unknown_name("column", name, cache.columns)
+
+        # Blocks bound the memory, and let the deadline interrupt a slow expression.
         for rows in blocks(len(cache), _BLOCK):
             if deadline is not None and time.monotonic() > deadline:
                 raise SettingError(f"where: expected a result within {timeout_s:g} s; give a shorter expression")
+
             table = cache.table(SAMPLES, condition.columns, rows=rows)
-            found = rows.start + condition.rows(table, rows.stop - rows.start)
-            parts.append(first + found[~np.isin(found, cache.removed)])
+            passing = rows.start + condition.rows(table, rows.stop - rows.start)
+            parts.append(first + passing[~np.isin(passing, cache.removed)])
         first += len(cache)
     return np.concatenate(parts)
 
@@ -101,13 +107,15 @@ def samples_within(caches: Sequence[Cache], selection: Path | str | None, where:
     samples = None if selection is None else read_selection(selection, caches)
     if where is None:
         return samples
+
     passing = rows_where(caches, where)
     if samples is not None:
         passing = np.intersect1d(samples, passing, assume_unique=True)
+
     if not len(passing):
-        within = "" if selection is None else f" within {selection}"
+        scope = "" if selection is None else f" within {selection}"
         raise DataError(
-            f"where: expected samples of {name_caches(caches)}{within} with {where}, got none; loosen the condition"
+            f"where: expected samples of {name_caches(caches)}{scope} with {where}, got none; loosen the condition"
         )
     return passing
 
@@ -156,6 +164,8 @@ class Condition(NamedTuple):
                 stack.append(_Value(_compute(step, values), "a result"))
             else:
                 stack.append(_Value(step, repr(step.as_py())))
+
+        # The stack must end in one condition; a constant one is true of all rows or of none.
         (is_true,) = _require("a condition", "true or false", stack)
         if isinstance(is_true, pa.Scalar):
             return np.arange(num_rows if is_true.as_py() else 0)
@@ -184,7 +194,7 @@ def _require(what: str, kind: str, values: Sequence[_Value]) -> list[Any]:
 
 
 def _alike(what: str, values: Sequence[_Value]) -> list[Any]:
-    """Return Arrow values of one kind; text beside numbers is parsed."""
+    """Return Arrow values of one kind. Text that is compared with numbers is parsed."""
     kinds = {value.kind for value in values} - {"missing"}
     if kinds == {"text", "a number"}:
         values = [_to_number(value) if value.kind == "text" else value for value in values]
@@ -265,7 +275,8 @@ class _Parser:
         if len(expression) > _MAX_LENGTH:
             raise SettingError(f"where: expected at most {_MAX_LENGTH:,} characters, got {len(expression):,}")
         self._tokens = self._split()
-        self._place, self._depth = 0, 0
+        self._place = 0
+        self._depth = 0
         self._steps: list[_Step | str | pa.Scalar] = []
 
     def parse(self) -> Condition:
@@ -306,6 +317,7 @@ class _Parser:
             self._emit(_is_null, 1)
             self._negate(is_negated)
         else:
+            # Only in, between and like may follow a not here.
             is_negated = self._accept("not")
             if self._accept("in"):
                 self._list()
@@ -350,9 +362,12 @@ class _Parser:
 
     def _operand(self) -> None:
         is_negative = self._accept("-")
+
         token = self._next()
         if is_negative and token.kind != "number":
             raise self._error("a number after -", token)
+
+        # The depth is limited because each level of parentheses is a recursion of Python.
         if token.word == "(":
             self._depth += 1
             if self._depth > _MAX_DEPTH:
@@ -362,6 +377,8 @@ class _Parser:
             self._depth -= 1
         elif token.kind == "number":
             sign = -1 if is_negative else 1
+
+            # Longer integers do not fit into int64.
             is_whole = token.word.isdecimal() and len(token.word) < _INT64_DIGITS
             number = pa.scalar(int(token.word), pa.int64()) if is_whole else pa.scalar(float(token.word))
             self._steps.append(pc.multiply(number, sign))
@@ -412,9 +429,13 @@ class _Parser:
                 token = _Token("other", rest, len(self._expression) - len(rest))
                 raise self._error("columns, numbers, text in single quotes and operators", token)
             kind = str(match.lastgroup)
-            word, start = match[kind], match.start(kind)
+
+            # Keywords are words in any case; a column of that name is written in double quotes.
+            word = match[kind]
+            start = match.start(kind)
             if kind == "word" and word.lower() in _KEYWORDS:
-                kind, word = "keyword", word.lower()
+                kind = "keyword"
+                word = word.lower()
             tokens.append(_Token(kind, word, start))
             place = match.end()
         return tokens
