@@ -4,9 +4,9 @@
 - Texts become token ids on threads, and are padded per batch.
 - On torch, batches that do not fit the device's memory are split. For onnxruntime a model is exported once, checked
   against torch, and kept in the user's cache folder.
-- transformers takes longer to import, and to load a model, than a search takes in all. So beside the exported graph of
-  a text encoder lies what else it needs, under the digest of its fingerprint: a cached feature names that, and a query
-  is then encoded by the library tokenizers and onnxruntime alone.
+- transformers takes longer to import, and to load a model, than a whole search takes. So everything else that a text
+  encoder needs is stored next to its exported graph, under the digest of its fingerprint. A cached feature names that
+  digest, so only the library tokenizers and onnxruntime are needed to encode a query.
 """
 
 import json
@@ -54,7 +54,8 @@ Transform: TypeAlias = Callable[[Image.Image], Array]
 
 _IMAGES = "images"
 
-_IDS, _MASK = "input_ids", "attention_mask"
+_IDS = "input_ids"
+_MASK = "attention_mask"
 _NO_LIMIT = 1_000_000  # tokenizers without a limit of their own state 1e30
 _MAX_ONNX_BYTES = 1_900_000_000  # an ONNX file is a protobuf message, which is limited to 2 GiB
 _OPSET = 17
@@ -68,7 +69,7 @@ _log = logging.getLogger(__name__)
 
 
 class Graph(Protocol):
-    """A model that maps named arrays to those of the given names; the first axis of each is the batch."""
+    """A model that maps named arrays to named outputs; the first axis of each is the batch."""
 
     backend: Backend
 
@@ -80,14 +81,14 @@ class GraphEncoder:
     """An encoder of any built-in family: prepares items on threads, and runs a model on batches.
 
     Args:
-        modality: what it encodes.
+        modality: modality of the items.
         graph: computes the features; token features of texts are padded.
-        prepare: raw items -> one model input each; called from many threads at once.
+        prepare: raw items -> one model input each; called from many threads concurrently.
         collate: model inputs of one or more items -> inputs of the graph.
         features: name -> shape of one item, the default first; `(-1, D)` has as many rows as the model input.
-        fingerprint: of the model; backend, precision and the list of native features are filled in here.
+        fingerprint: fingerprint of the model; backend, precision and the list of native features are filled in here.
         settings: batch size, device and precision.
-        axes: axis of each feature of tokens, where it is known.
+        axes: axis of each feature of tokens, if it is known.
         read_head: reads the classifier of the model, if it may have one.
     """
 
@@ -106,15 +107,21 @@ class GraphEncoder:
     ) -> None:
         self.axes: Mapping[str, Axis] = axes or {}
         self.read_head = read_head
-        self.graph, self._prepare, self._collate = graph, prepare, collate
-        self.modality, self.features = modality, features
+        self.graph = graph
+        self._prepare = prepare
+        self._collate = collate
+        self.modality = modality
+        self.features = features
+
         on_cpu, on_gpu = (32, 128) if modality == "image" else (64, 512)
         self.batch_size = settings.batch_size or (on_cpu if torch_device(settings.device).type == "cpu" else on_gpu)
+
+        # Derived features are left out, so that a request for another grid does not change the fingerprint.
         pooling = {name: fingerprint.pooling[name] for name in native_features(features)}
         self.fingerprint = replace(fingerprint, pooling=pooling, backend=graph.backend, precision=settings.precision)
 
     def prepare(self, items: Sequence[Any]) -> list[Array]:
-        """Convert raw items to model inputs, one array per item; called from many threads at once."""
+        """Convert raw items to model inputs, one array per item; called from many threads concurrently."""
         return self._prepare(items) if items else []
 
     def encode(self, prepared: Sequence[Array], names: Sequence[str]) -> dict[str, list[Array]]:
@@ -122,13 +129,16 @@ class GraphEncoder:
         check_names(names, self.features)
         if not prepared:
             return {name: [] for name in names}
+
         outputs = self.graph(self._collate(prepared), names)
         features: dict[str, list[Array]] = {}
         for name in names:
             features[name] = list(outputs[name])
+            # Texts are padded in a batch; the padding is not part of an item.
             if self.features[name][0] == -1:
                 rows = zip(outputs[name], prepared, strict=True)
                 features[name] = [tokens_TD[: len(ids)] for tokens_TD, ids in rows]
+
         return features
 
 
@@ -146,6 +156,7 @@ class TorchGraph:
         self._module = module.eval().to(self._device)
         self._precision = settings.precision
         self._max_rows: int | None = None
+
         if self._device.type == "cuda" and settings.precision not in ("float16", "bfloat16"):
             torch.backends.cudnn.allow_tf32 = False  # TF32 convolutions keep 10 bits of a float32
         if settings.compile:
@@ -154,20 +165,29 @@ class TorchGraph:
     def __call__(self, inputs: Mapping[str, Array], names: Sequence[str]) -> dict[str, Floats]:
         """Run one batch; outputs are float32 at any precision."""
         num_rows = len(next(iter(inputs.values())))
+
         while True:
             size = min(num_rows, self._max_rows or num_rows)
             try:
                 parts = [self._run(inputs, names, rows) for rows in blocks(num_rows, size)]
             except torch.OutOfMemoryError:
                 parts = []  # the error, which keeps tensors in memory, is gone before the next attempt
+
             if parts:
                 break
             self._halve_batch(size)
-        return parts[0] if len(parts) == 1 else {name: np.concatenate([part[name] for part in parts]) for name in names}
+
+        if len(parts) == 1:
+            return parts[0]
+        outputs: dict[str, Floats] = {}
+        for name in names:
+            outputs[name] = np.concatenate([part[name] for part in parts])
+        return outputs
 
     def _run(self, inputs: Mapping[str, Array], names: Sequence[str], rows: slice) -> dict[str, Floats]:
+        tensors = {name: self._to_device(array[rows]) for name, array in inputs.items()}
         with torch.inference_mode(), autocast(self._device.type, self._precision):
-            outputs = self._module(**{name: self._to_device(array[rows]) for name, array in inputs.items()})
+            outputs = self._module(**tensors)
             return {name: outputs[name].float().cpu().numpy() for name in names}
 
     def _to_device(self, array: Array) -> torch.Tensor:
@@ -187,10 +207,10 @@ class TorchGraph:
 
 @dataclass(frozen=True, kw_only=True)
 class OnnxExport:
-    """A torch module and what its ONNX export needs.
+    """A torch module, and the arguments of its ONNX export.
 
     Args:
-        module: takes the inputs by name, in the order of `example`, and returns a dict of tensors.
+        module: accepts the inputs by name, in the order of `example`, and returns a dict of tensors.
         example: input name -> array to trace the module with.
         dynamic_axes: input or output name -> names of its dynamic axes, by number.
         check_inputs: inputs of other sizes along the dynamic axes; the export must agree with torch on them.
@@ -214,12 +234,15 @@ class OnnxGraph:
         self.path = path
         announce_device("cpu")
         runtime = require("onnxruntime", extra="onnx")
+
         options = runtime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3  # errors only
+
         # Spinning idle threads take cores from the decoding threads: 8% fewer images/s, 12% fewer texts/s.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         failures = runtime.capi.onnxruntime_pybind11_state
+
         try:
             self._session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except (failures.Fail, failures.InvalidGraph, failures.NotImplemented) as error:
@@ -240,18 +263,20 @@ def build_graph(
 
     Args:
         fingerprint: family, model and weights, which name the ONNX file.
-        export: how the model is exported to ONNX; None: it runs on torch only.
+        export: arguments of the ONNX export. If None, the model runs on torch only.
     """
     is_onnx = settings.backend == "onnxruntime"
     fits_onnx = torch_device(settings.device).type == "cpu" and settings.precision == "float32"
     if is_onnx and (export is None or not fits_onnx):
-        given = "a model without an export" if export is None else f"{settings.precision} on {settings.device}"
-        raise SettingError(f"backend onnxruntime: expected float32 on the CPU, got {given}; use backend torch")
+        got = "a model without an export" if export is None else f"{settings.precision} on {settings.device}"
+        raise SettingError(f"backend onnxruntime: expected float32 on the CPU, got {got}; use backend torch")
     if settings.backend == "auto":
         num_bytes = sum(tensor.nbytes for tensor in module.state_dict().values())
         is_onnx = fits_onnx and num_bytes < _MAX_ONNX_BYTES and is_installed("onnx") and is_installed("onnxruntime")
     if export is None or not is_onnx:
         return TorchGraph(module, settings)
+
+    # Whoever asked for onnxruntime gets an error if the export fails; `auto` falls back to torch.
     try:
         return OnnxGraph(_export_once(export, fingerprint))
     except ArtifactError as error:
@@ -277,6 +302,8 @@ def _export_once(export: OnnxExport, fingerprint: Fingerprint) -> Path:
     }
     name = f"{fingerprint.family}-{fingerprint.model}"
     path = user_folder() / "onnx" / f"{name.replace('/', '--')}-{digest(key)[:32]}.onnx"
+
+    # The graph gets its name only after the check, and its digest last: a kill leaves no graph that passes for whole.
     if not is_intact(path):
         require("onnx", extra="onnx")
         with replacing(path) as temporary:
@@ -284,11 +311,16 @@ def _export_once(export: OnnxExport, fingerprint: Fingerprint) -> Path:
             _check_agreement(export, OnnxGraph(temporary), name)
             graph_digest = digest_file(temporary)
         write_atomic(_digest_path(path), graph_digest.encode())
+
     return path
 
 
 def export_graph(export: OnnxExport, path: Path) -> None:
-    """Write a module as an ONNX file; ArtifactError if it has an operator that ONNX lacks, or cannot be traced."""
+    """Write a module as an ONNX file.
+
+    Raises:
+        ArtifactError: the module has an operator that ONNX lacks, or cannot be traced.
+    """
     from unittest.mock import patch
 
     arguments = tuple(torch.from_numpy(array) for array in export.example.values())
@@ -320,7 +352,9 @@ class _PositionalModule(torch.nn.Module):
 
     def __init__(self, module: torch.nn.Module, inputs: Sequence[str], outputs: Sequence[str]) -> None:
         super().__init__()
-        self._module, self._inputs, self._outputs = module, inputs, outputs
+        self._module = module
+        self._inputs = inputs
+        self._outputs = outputs
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         outputs = self._module(**dict(zip(self._inputs, tensors, strict=True)))
@@ -328,7 +362,7 @@ class _PositionalModule(torch.nn.Module):
 
 
 def is_intact(graph: Path) -> bool:
-    """Return whether an exported graph exists, and has the digest that was written beside it."""
+    """Return whether an exported graph exists and has the digest that was written with it."""
     path = _digest_path(graph)
     return graph.is_file() and path.is_file() and path.read_bytes() == digest_file(graph).encode()
 
@@ -338,9 +372,10 @@ def _digest_path(graph: Path) -> Path:
 
 
 def _check_agreement(export: OnnxExport, graph: OnnxGraph, name: str) -> None:
-    """Check that a graph computes what its module does on the CPU, or raise an `ArtifactError`."""
+    """Check that a graph computes the outputs of its module on the CPU, or raise an `ArtifactError`."""
     expected = TorchGraph(export.module, EncoderSettings(device="cpu"))(export.check_inputs, export.outputs)
     outputs = graph(export.check_inputs, export.outputs)
+
     for output in export.outputs:
         # The packaged models differ by at most 1e-5; a constant that the tracer froze wrongly differs by 1e-1 and more.
         if not np.allclose(outputs[output], expected[output], rtol=1e-3, atol=1e-3):
@@ -361,17 +396,19 @@ def build_image_encoder(
 
     Args:
         module: computes native features, see `ImageModel`.
-        pixels: how images become its input.
-        fingerprint: of the model; the preprocessing is filled in here, and the rest as in `GraphEncoder`.
+        pixels: transform of images to the input of the model.
+        fingerprint: fingerprint of the model; the preprocessing is filled in here, and the rest as in `GraphEncoder`.
         settings: how it runs.
         config: JSON values that determine the ONNX graph together with the weights and the preprocessing. If None, the
             model runs on torch only.
         is_whole: whether the transform shows the model the whole image, not a part of it.
-        read_head: as of `GraphEncoder`.
+        read_head: see `GraphEncoder`.
     """
     model = ImageModel(module, pixels.scale, input_size=pixels.input_size, requested=settings.features)
+
     export = None
     if config is not None:
+        # The check compares outputs on noise, because zeros could hide a wrong constant.
         noise = np.random.default_rng(0).integers(0, 256, (2, *model.input_size), dtype=np.uint8)
         if not model.has_pixel_scale:
             noise = ((noise - 127.5) / 64).astype(np.float32)
@@ -383,6 +420,7 @@ def build_image_encoder(
             dynamic_axes={name: {0: "batch"} for name in (_IMAGES, *model.features)},
             key={"config": config, "preprocessing": pixels.published},
         )
+
     return GraphEncoder(
         "image",
         build_graph(model, settings, fingerprint, export),
@@ -404,13 +442,13 @@ class ImageModel(torch.nn.Module):
             the same names with the prefix `layerN.` for each requested block.
         scale: normalizes a batch of prepared images.
         input_size: (3, H, W).
-        requested: names of features; those that cannot be derived are left out.
+        requested: names of features; names that cannot be derived are left out.
     """
 
     features: dict[str, ItemShape]
     """Name -> shape of one item: native features in the model's order, then the requested ones."""
     has_pixel_scale: bool
-    """Whether it normalizes uint8 pixels itself; else it takes float32 values that are normalized."""
+    """Whether it normalizes uint8 pixels itself; otherwise it expects normalized float32 values."""
 
     def __init__(
         self, module: torch.nn.Module, scale: torch.nn.Module, *, input_size: Sequence[int], requested: Sequence[str]
@@ -418,7 +456,10 @@ class ImageModel(torch.nn.Module):
         super().__init__()
         self.input_size = tuple(input_size)
         self.has_pixel_scale = isinstance(scale, PixelScale)
-        self._module, self._scale = module.eval(), scale
+        self._module = module.eval()
+        self._scale = scale
+
+        # The shapes of derived features follow from one image of zeros, without a run of the model.
         shapes = _find_shapes(module, input_size)
         self._pools = patch_pools(requested, shapes, input_size)
         zeros = {name: torch.zeros(1, *shape) for name, shape in shapes.items()}
@@ -434,8 +475,10 @@ class ImageModel(torch.nn.Module):
         axes = {}
         for text, shape in self.features.items():
             name = FeatureName.parse(text)
+            # Vectors have no axis, and clusters of patches form no grid.
             if len(shape) == 1 or name is None or name.clusters is not None:
                 continue
+
             is_pooled = name.grid is not None
             grid = (name.grid, name.grid) if is_pooled else patch_grid(shape[0], *self.input_size[-2:])
             if grid is not None:
@@ -446,21 +489,26 @@ class ImageModel(torch.nn.Module):
 def _find_shapes(module: torch.nn.Module, input_size: Sequence[int]) -> dict[str, ItemShape]:
     """Return the shapes of a model's outputs for one image, found by running it twice on noise.
 
-    A `pooled` that repeats another feature is left out, and so are patches that form no grid: some are special tokens.
+    A `pooled` that repeats another feature is left out. So are patches that form no grid: some are special tokens.
     """
     noise = torch.rand((2, *input_size), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         outputs: dict[str, torch.Tensor] = module(noise)
         repeated: dict[str, torch.Tensor] = module(noise)
-    for name in [name for name in outputs if name.endswith("patches")]:
+
+    patch_names = [name for name in outputs if name.endswith("patches")]
+    for name in patch_names:
         if patch_grid(outputs[name].shape[1], *input_size[-2:]) is None:
             del outputs[name]
             outputs.pop(name.replace("patches", "patch_mean"), None)
+
+    # Chunks are computed by any process, so a model whose output is random cannot be cached.
     if not all(_is_close(output, repeated[name]) for name, output in outputs.items()):
         raise SettingError("expected a deterministic model, got one whose output differs between two runs")
+
     pooled = outputs.get("pooled")
-    others = [outputs[name] for name in native_features(outputs) if name != "pooled"]
-    if pooled is not None and any(_is_close(pooled, other) for other in others):
+    native_names = [name for name in native_features(outputs) if name != "pooled"]
+    if pooled is not None and any(_is_close(pooled, outputs[name]) for name in native_names):
         del outputs["pooled"]
     return {name: tuple(output.shape[1:]) for name, output in outputs.items()}
 
@@ -472,7 +520,7 @@ def _is_close(first: torch.Tensor, second: torch.Tensor) -> bool:
 class PixelScale(torch.nn.Module):
     """Normalize pixels in float32: (pixels / divisor - mean) / std.
 
-    Mean and std have one value per channel; the divisor is 255 if they are those of pixels in [0, 1].
+    Mean and std have one value per channel; the divisor is 255 if they describe pixels in [0, 1].
     """
 
     mean: torch.Tensor
@@ -500,7 +548,7 @@ class PixelTransform(NamedTuple):
 
     Args:
         transform: RGB image of any size -> (3, H, W).
-        scale: normalizes a batch of these, (B, 3, H, W) -> the same shape in float32.
+        scale: normalizes a batch of prepared images, (B, 3, H, W) -> the same shape in float32.
         published: settings of the published transform, as JSON values.
         input_size: (3, H, W).
     """
@@ -516,27 +564,31 @@ def split_transform(
 ) -> PixelTransform:
     """Split a published transform at uint8 pixels.
 
-    Args:
         whole: the published transform.
         to_pixels: its steps up to uint8 pixels.
-        scale: its normalization. If this and `to_pixels` do not compute what `whole` does on noise, `whole` is kept.
+        scale: its normalization. If `to_pixels` and `scale` do not reproduce `whole` on noise, `whole` is used.
         published: its settings.
+
 
     Raises:
         SettingError: the transform returns a different shape per image.
     """
     rng = np.random.default_rng(0)
-    images = [Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)) for size in ((320, 200), (200, 320))]
+    portrait = rng.integers(0, 256, (320, 200, 3), np.uint8)
+    landscape = rng.integers(0, 256, (200, 320, 3), np.uint8)
+    images = [Image.fromarray(portrait), Image.fromarray(landscape)]
     expected = [whole(image) for image in images]
     shapes = {array.shape for array in expected}
     if len(shapes) != 1:
         step = "set do_center_crop, or a height and width, in preprocessor_config.json"
         raise SettingError(f"the image processor returns a different shape per image, {sorted(shapes)}; {step}")
+
     try:
         split = [to_pixels(image) for image in images]
         is_exact = all(map(partial(_is_exact, scale), split, expected))
     except (TypeError, ValueError, RuntimeError):  # a transform that normalizes twice may not support skipping it
         is_exact = False
+
     transform, module = (to_pixels, scale) if is_exact else (whole, torch.nn.Identity())
     return PixelTransform(transform, module, plain_json(published), shapes.pop())
 
@@ -544,8 +596,10 @@ def split_transform(
 def _is_exact(scale: PixelScale, pixels: Array, expected: Array) -> bool:
     if pixels.dtype != np.uint8 or pixels.shape != expected.shape:
         return False
+
+    # The order of float32 operations may differ.
     scaled = scale(torch.from_numpy(pixels)[None])[0].numpy()
-    return np.allclose(scaled, expected, rtol=1e-6, atol=1e-6)  # the order of float32 operations may differ
+    return np.allclose(scaled, expected, rtol=1e-6, atol=1e-6)
 
 
 def plain_json(published: Mapping[str, Any]) -> dict[str, Any]:
@@ -568,7 +622,7 @@ def build_text_encoder(
         module: maps token ids and mask to a dict of tensors: its native features, and the same names with the prefix
             `layerN.` for each requested block; `tokens` are (B, T, D).
         tokenizer: converts texts to token ids.
-        fingerprint: of the model; a preprocessing that is empty is filled in here, and the rest as in `GraphEncoder`.
+        fingerprint: fingerprint of the model; an empty preprocessing is filled in here, the rest as in `GraphEncoder`.
         settings: how it runs.
         config: JSON values that determine the ONNX graph together with the weights. If None, the model runs on torch
             only.
@@ -576,14 +630,17 @@ def build_text_encoder(
     example = tokenizer.example(5, 9)
     with torch.inference_mode():
         outputs = module.eval()(**{name: torch.from_numpy(array) for name, array in example.items()})
-    shapes: dict[str, ItemShape] = {
-        name: (*((-1,) if output.ndim == 3 else ()), output.shape[-1]) for name, output in outputs.items()
-    }
+
+    shapes: dict[str, ItemShape] = {}
+    for name, output in outputs.items():
+        width = output.shape[-1]
+        shapes[name] = (-1, width) if output.ndim == 3 else (width,)
     requested = [name for name in settings.features if name in shapes]
     features = {name: shapes[name] for name in [*native_features(shapes), *requested]}
 
     export = None
     if config is not None:
+        # Token ids, mask and tokens vary in length; vectors vary in the batch only.
         dynamic_axes = {name: {0: "batch", 1: "tokens"} for name in (_IDS, _MASK, *features)}
         for name, shape in features.items():
             if len(shape) == 1:
@@ -596,8 +653,10 @@ def build_text_encoder(
             dynamic_axes=dynamic_axes,
             key={"config": config},
         )
+
     graph = build_graph(module, settings, fingerprint, export)
     fingerprint = replace(fingerprint, preprocessing=fingerprint.preprocessing or tokenizer.preprocessing)
+
     encoder = GraphEncoder(
         "text",
         graph,
@@ -607,28 +666,32 @@ def build_text_encoder(
         fingerprint=fingerprint,
         settings=settings,
     )
+
     _store(encoder, tokenizer)
     return encoder
 
 
 def _store(encoder: GraphEncoder, tokenizer: "Tokenizer") -> None:
-    """Write what `open_stored` reads, if a graph and a tokenizer are all that an encoder needs.
+    """Write the record that `open_stored` reads, if an encoder needs only a graph and a tokenizer.
 
-    A disk that cannot be written is no error: the model is then loaded each time.
+    An error of the disk is ignored: the model is then loaded each time.
     """
     if tokenizer.state is None or not isinstance(encoder.graph, OnnxGraph):
         return
+
     record = {
         "graph": encoder.graph.path.name,
         "features": [[name, list(shape)] for name, shape in encoder.features.items()],
         "pad_id": tokenizer.pad_id,
         "tokenizer": tokenizer.state,
     }
+
     path = _stored_path(encoder.fingerprint.to_json(), tuple(encoder.features))
     with suppress(ArtifactError, PathError):
         # Fingerprints do not cover tokenizers: of two models that share one, neither may answer for the other.
         if read_record(path, next_step=f"delete {path}").get("tokenizer") != tokenizer.state:
             record = {}
+
     with suppress(OSError):
         write_record(path, record)
 
@@ -636,7 +699,7 @@ def _store(encoder: GraphEncoder, tokenizer: "Tokenizer") -> None:
 def open_stored(fingerprint: Mapping[str, Any], settings: EncoderSettings) -> GraphEncoder | None:
     """Open the encoder with a fingerprint from its exported graph, without transformers.
 
-    Returns None if it has none here, or the files are damaged: then the model has to be loaded.
+    Returns None if there is no record of it here, or the files are damaged: then the model has to be loaded.
     """
     path = _stored_path(fingerprint, settings.features)
     try:
@@ -644,6 +707,7 @@ def open_stored(fingerprint: Mapping[str, Any], settings: EncoderSettings) -> Gr
         graph = path.with_name(record["graph"])
     except (ArtifactError, PathError, KeyError):
         return None
+
     if not is_intact(graph):
         return None
     import tokenizers
@@ -656,6 +720,7 @@ def open_stored(fingerprint: Mapping[str, Any], settings: EncoderSettings) -> Gr
         prefix=preprocessing["prefix"],
         is_lower=preprocessing["lower"],
     )
+
     features = {name: tuple(shape) for name, shape in record["features"]}
     return GraphEncoder(
         "text",
@@ -670,7 +735,8 @@ def open_stored(fingerprint: Mapping[str, Any], settings: EncoderSettings) -> Gr
 
 def _stored_path(fingerprint: Mapping[str, Any], features: Sequence[str]) -> Path:
     """Return the path of the record of an encoder with a fingerprint that offers the states after some blocks."""
-    key = {"fingerprint": fingerprint, "features": sorted(name for name in features if requested_layers([name]))}
+    offered_layers = sorted(name for name in features if requested_layers([name]))
+    key = {"fingerprint": fingerprint, "features": offered_layers}
     return user_folder() / "onnx" / f"{digest(key)[:32]}.json"
 
 
@@ -684,7 +750,7 @@ class Tokenizer:
         pad_id: token that fills up shorter texts.
         prefix: prepended to each text.
         is_lower: whether texts are lowercased first.
-        state: JSON text from which the library tokenizers makes the tokenizer again; None if it cannot.
+        state: JSON text from which the library tokenizers recreates the tokenizer; None if it cannot.
     """
 
     encode: Callable[[list[str]], list[list[int]]]
@@ -736,8 +802,10 @@ def open_tokenizer(
 
     tokenizer = load_part(AutoTokenizer, folder, "tokenizer", "add the model's tokenizer files")
     limit = _input_limit(max_tokens, published or tokenizer.model_max_length, model, folder)
+
     if not tokenizer.is_fast:
         raise SettingError(f"{folder} has a slow tokenizer: expected a tokenizer.json; choose another model")
+
     # Truncation is state of the tokenizer, so it is set once here and never from a thread.
     backend = tokenizer.backend_tokenizer
     backend.no_padding()
@@ -745,6 +813,7 @@ def open_tokenizer(
     state = None
     with suppress(Exception):  # the library's own type, of a tokenizer with a part in Python
         state = backend.to_str()
+
     return Tokenizer(
         encode=_encode_on_threads(backend),
         max_tokens=limit,
@@ -764,6 +833,7 @@ def _input_limit(requested: int | None, published: int | None, model: torch.nn.M
     positions = _num_positions(model)
     if requested is not None and positions is not None and requested > positions:
         raise SettingError(f"max_tokens: expected at most {positions}, as the model in {folder} has, got {requested}")
+
     limits = [limit for limit in (published, positions) if limit and limit < _NO_LIMIT]
     if requested is None and not limits:
         raise SettingError(f"the model in {folder} states no maximum text length; add an option such as max_tokens=512")

@@ -173,6 +173,7 @@ def reopen_encoder(
         FingerprintError: the encoder differs; the message names each field with both values.
         SettingError: the encoder is custom code, and the file that names it is not trusted.
     """
+    # A stored graph answers without transformers, whose import takes longer than a search.
     settings = EncoderSettings(**recorded_settings(fingerprint, device), features=feature_names(feature))
     expected = {field: value for field, value in fingerprint.items() if field != "view"}
 
@@ -278,6 +279,7 @@ class EncoderSpec:
         """Name of the encoder's folder in a cache: the model's name, or the last part of its path."""
         if self.inner is not None:
             return self.inner.folder
+        # Paths such as `.` name a folder only when they are resolved.
         name = self.model or self.family.rpartition(":")[2]
         if self.is_path:
             path = expand_home(self.model)

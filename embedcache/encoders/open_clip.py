@@ -40,23 +40,31 @@ POOLING = {"pooled": "the tower's output in the joint space, before normalisatio
 def open_open_clip(spec: EncoderSpec, *, modality: Modality, settings: EncoderSettings) -> Encoder:
     """Open one tower of a CLIP model. Required option: `pretrained`, a published tag or the path of a local file."""
     check_options(spec, ("pretrained",))
+
     open_clip = require("open_clip", extra="open-clip")
     if spec.model not in open_clip.list_models():
         raise unknown_name("open_clip model", spec.model, open_clip.list_models())
+
     pretrained = _pretrained(open_clip, spec)
+
+    # The time of the last change is part of the key, so that a replaced file is loaded again.
     path = Path(pretrained)
     changed_ns = path.stat().st_mtime_ns if path.is_file() else None
     model, preprocess, weights = _load_once(spec.model, pretrained, changed_ns, settings.device)
     fingerprint = spec.fingerprint(weights=weights, pooling=POOLING)
+
     if modality == "image":
         pixels = pixel_transform(preprocess, dict(open_clip.get_model_preprocess_cfg(model)))
         return build_image_encoder(_ImageTower(model), pixels, fingerprint, settings)
+
     with translate_hub_errors(
         f"the tokenizer of {spec.model}", next_step="choose a model with open_clip's own tokenizer"
     ):
         encode = open_clip.get_tokenizer(spec.model)
+
     num_tokens = int(encode.context_length)
     tokenizer = Tokenizer(encode=lambda texts: encode(texts).tolist(), max_tokens=num_tokens, pad_id=0)
+
     fingerprint = replace(fingerprint, preprocessing={"num_tokens": num_tokens})
     return build_text_encoder(_TextTower(model, num_tokens), tokenizer, fingerprint, settings)
 
@@ -103,9 +111,11 @@ def _pretrained(open_clip: Any, spec: EncoderSpec) -> str:
     if "pretrained" not in spec.options:
         expected = f"the path of a local file or one of: {', '.join(tags) or 'none is published'}"
         raise SettingError(f"{spec.text}: expected the option pretrained=, {expected}")
+
     pretrained = spec.options["pretrained"]
     if pretrained in tags:
         return pretrained
+
     path = expand_home(pretrained)
     if not path.exists() and "/" not in pretrained and not path.suffix:
         raise unknown_name("published weights", pretrained, tags, where=f"of {spec.model}")

