@@ -1,7 +1,7 @@
 """Derivation: compute features from other features of a cache, chunk by chunk, with a rule or a trained run.
 
-Inputs are features of the same items, or of other items of the same samples. `verify` computes derived features again:
-damaged chunks, and some rows to compare.
+Inputs are features of the same items, or of other items of the same samples. `verify` recomputes damaged chunks of
+derived features, and some rows to compare.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,37 +44,44 @@ from embedcache.store.writer import ChunkFeatures, cast_item
 
 
 def derive(cache: AnyPath, derivation: Derivation, *, progress: AnyProgress = None) -> FillReport:
-    """Compute features from other features of a cache, and store them beside these.
+    """Compute features from other features of a cache, and store them in the same cache.
 
-    Committed chunks are not computed again, so an interrupted derivation resumes where it stopped, several processes
+    Committed chunks are not computed again. So an interrupted derivation resumes where it stopped, several processes
     share the chunks, and after `extract --extend` only new rows are computed. An item that lacks an input has no
-    derived feature, for the same reason; items whose input was repaired since are computed now. Memory: one chunk of
-    the inputs and outputs, and 16 bytes per item if the inputs have several modalities.
+    derived feature, for the same reason; items whose input was repaired in the meantime are computed now. Memory: one
+    chunk of the inputs and outputs, and 16 bytes per item if the inputs have several modalities.
 
     Raises:
         UnknownNameError: there is no such feature, rule or parameter.
         SettingError: the inputs do not fit the rule, or the name belongs to an encoder.
         UnfinishedError: chunks of an input are missing.
-        FingerprintError: the name holds features of other inputs, parameters or code; names each with both values.
+        FingerprintError: the folder of that name has features of other inputs, parameters or code; the message names
+            each difference with both values.
         DataError: a sample has several items of another modality, or a value does not fit the declared output.
     """
     progress = to_progress(progress)
     cache = Cache(cache)
     remove_partials(cache.path)
+
     opened = _open(cache, derivation)
     opened.reader.require_complete()
     group, opened = _prepare_group(opened, split_path=derivation.fit_split)
+
     with record_stage(new_record_path(cache.path, "derive"), "derive", group.fingerprint) as outcome:
         report = fill(group, opened, progress=progress)
         if report.computed:
             outcome["features"] = vars(report)
+
     return report
 
 
 def _open(cache: Cache, derivation: Derivation) -> "OpenDerivation":
     """Open the rule and the inputs of a derivation."""
     rule = open_rule(derivation.rule)
+
     inputs = [cache.feature(modality, name) for modality, name in derivation.inputs]
+
+    # The output would be written into the folder that it is read from.
     for feature in inputs:
         if (feature.group.name, feature.modality) == (derivation.folder, inputs[0].modality):
             raise SettingError(f"name: {derivation.folder!r} holds the input {feature.name}; choose another name")
@@ -84,6 +91,7 @@ def _open(cache: Cache, derivation: Derivation) -> "OpenDerivation":
     for name, shape in rule.outputs([feature.item_shape for feature in inputs], parameters).items():
         axis = _choose_axis(rule, name, inputs) if len(shape) > 1 else None
         outputs[name] = Output(tuple(shape), derivation.dtype, axis)
+
     return OpenDerivation(
         name=derivation.folder,
         fingerprint=_fingerprint(rule, inputs, parameters, derivation.view),
@@ -103,11 +111,16 @@ def _choose_axis(rule: Rule, output: str, inputs: Sequence[Feature]) -> Axis | N
 def _fingerprint(
     rule: Rule, inputs: Sequence[Feature], parameters: Mapping[str, Any], view: DerivedView | None
 ) -> dict[str, Any]:
-    """Return everything that decides derived features, but for the arrays that a rule is fitted to.
+    """Return everything that decides derived features, except for the arrays that a rule is fitted to.
 
     With a view, it is the fingerprint of the features without the view, and `view` with its name and its own inputs.
     """
-    read = [_input_record(feature.modality, feature.name, feature.fingerprint) for feature in inputs]
+    input_records = [_input_record(feature.modality, feature.name, feature.fingerprint) for feature in inputs]
+    view_record = None
+    if view is not None:
+        view_record = {"name": view.name, "inputs": input_records}
+        input_records = [_input_record(*plain) for plain in view.plain_inputs]
+
     fingerprint: dict[str, Any] = {
         "family": DERIVED,
         "model": rule.name,
@@ -117,12 +130,12 @@ def _fingerprint(
         "pooling": {},
         "backend": None,
         "precision": None,
-        "inputs": read if view is None else [_input_record(*plain) for plain in view.plain_inputs],
+        "inputs": input_records,
     }
     if rule.code is not None:
         fingerprint["code"] = rule.code
-    if view is not None:
-        fingerprint["view"] = {"name": view.name, "inputs": read}
+    if view_record is not None:
+        fingerprint["view"] = view_record
     return fingerprint
 
 
@@ -147,9 +160,9 @@ def derive_from_run(
     Args:
         cache: cache with the features that the run reads.
         run: folder of the run.
-        output: name of the output; that of an aligned pair is `projected`, unit vectors in the shared space.
-        name: name of the folder in the cache; None: `RUN-OUTPUT`.
-        modality: modality to derive features of; None: every modality for which the run has the output.
+        output: name of the output; an aligned pair has `projected`, unit vectors in the shared space.
+        name: name of the folder in the cache; `RUN-OUTPUT` if None.
+        modality: modality to derive features of; every modality for which the run has the output if None.
         view: a view of the run's features of that modality, such as `babble-5dB`, or several, each into the folder
             `NAME@VIEW`; `plain` is the features that the run was trained on.
         dtype: dtype on disk.
@@ -157,12 +170,16 @@ def derive_from_run(
         progress: shows the number of items.
 
     Returns:
-        One report per view and modality; errors are those of `derive` and `embedcache.derive.rules.open_run`.
+        One report per view and modality.
+
+    Raises:
+        EmbedcacheError: see `derive` and `embedcache.derive.rules.open_run`.
     """
     run = Path(run)
     cache = Cache(cache)
     progress = to_progress(progress)
     name = name or f"{run.resolve().name}-{output}"
+
     views = [view] if isinstance(view, str) else view
     derivations: list[Derivation] = []
     for view_name in views:
@@ -183,7 +200,11 @@ def derive_from_run(
 def derive_with_settings(
     cache_path: AnyPath, settings: DeriveSettings, *, progress: Progress | None = None
 ) -> list[FillReport]:
-    """Derive what the settings of the command line describe; errors are those of `derive` and `derive_from_run`."""
+    """Derive the features that the settings of the command line describe.
+
+    Raises:
+        EmbedcacheError: see `derive` and `derive_from_run`.
+    """
     if settings.run is not None:
         return derive_from_run(
             cache_path,
@@ -196,6 +217,7 @@ def derive_with_settings(
             device=settings.device,
             progress=progress,
         )
+
     assert settings.rule is not None  # one of the two is given
     derivation = Derivation(
         name=settings.name or settings.rule.rpartition(":")[2],
@@ -211,7 +233,7 @@ def derive_with_settings(
 def reopen_derivation(
     cache: Cache, group: EncoderGroup, features: Sequence[str], *, device: str = AUTO
 ) -> "OpenDerivation":
-    """Open the rule and inputs of derived features again, to compute some of them as they were.
+    """Reopen the rule and inputs of derived features, to compute some of them again.
 
     Raises:
         SettingError: the rule or the run is custom code, and the cache is not trusted.
@@ -221,6 +243,7 @@ def reopen_derivation(
     """
     spec = EncoderSpec.parse(group.spec)
     name = group.name.partition("@")[0]
+
     if spec.model == RUN:
         derivation = reopen_run(cache, group, spec.options, device=device)
     else:
@@ -229,19 +252,24 @@ def reopen_derivation(
         parameters = group.fingerprint["preprocessing"]
         derivation = Derivation(name=name, inputs=group.inputs, rule=rule, parameters=parameters)
 
+    # The request is compared with the stored group, so it needs the record of the fit, not only its arrays.
     opened = _with_fit(_open(cache, derivation), group)
     fingerprint = dict(opened.fingerprint)
     if opened.rule.fit is not None:
-        fingerprint |= {name: group.fingerprint[name] for name in ("fit", "weights")}
+        for field in ("fit", "weights"):
+            fingerprint[field] = group.fingerprint[field]
     outputs = {name: Output.of(Feature(group, name)) for name in features}
     return replace(opened, fingerprint=fingerprint, outputs=outputs)
 
 
 def derivation_depth(cache: Cache, group: EncoderGroup) -> int:
     """Return how many derivations lie between the features of a folder and those of encoders; 0 for an encoder."""
+    if not group.is_derived:
+        return 0
+
     names = {(modality, feature.rpartition("/")[0]) for modality, feature in group.inputs}
-    below = [derivation_depth(cache, open_group(cache.path, *name, cache.info)) for name in names]
-    return 1 + max(below, default=0) if group.is_derived else 0
+    depths = [derivation_depth(cache, open_group(cache.path, *name, cache.info)) for name in names]
+    return 1 + max(depths, default=0)
 
 
 class Rows(NamedTuple):
@@ -261,7 +289,7 @@ class Rows(NamedTuple):
 
 
 class ChunkReader:
-    """Reads the inputs of a derivation, chunk by chunk of the first input's modality, with checksums checked."""
+    """Reader of the inputs of a derivation, chunk by chunk of the first input's modality, with checksums checked."""
 
     def __init__(self, cache: Cache, inputs: Sequence[Feature]) -> None:
         self.cache = cache
@@ -271,7 +299,7 @@ class ChunkReader:
         self._rows_by_sample: dict[str, Ints] = {}
 
     def require_complete(self) -> None:
-        """Check that every chunk of the inputs is committed, or raise an `UnfinishedError`; keeps no commits."""
+        """Check that every chunk of the inputs is committed, or raise an `UnfinishedError`. No commits are cached."""
         for feature in self.inputs:
             for chunk in range(self.cache.info.num_chunks(feature.modality)):
                 _read_commit(feature, chunk)
@@ -286,27 +314,32 @@ class ChunkReader:
         self._commits.clear()
         reasons: list[str | None] = [None] * len(rows)
         input_rows = [self._rows_of(feature.modality, rows) for feature in self.inputs]
-        for feature, rows_of_input in zip(self.inputs, input_rows, strict=True):
-            for position, row in enumerate(rows_of_input.tolist()):
+
+        # The first input that an item lacks gives the reason.
+        for feature, feature_rows in zip(self.inputs, input_rows, strict=True):
+            for position, row in enumerate(feature_rows.tolist()):
                 reasons[position] = reasons[position] or self._reason(feature, row)
 
         size = self.cache.info.chunk_size
         hashes = [self._commit(self.inputs[0], row // size).hashes[row % size] for row in rows.tolist()]
         valid = np.flatnonzero([reason is None for reason in reasons])
-        return Rows(hashes, reasons, valid, [own_rows[valid] for own_rows in input_rows])
+        return Rows(hashes, reasons, valid, [feature_rows[valid] for feature_rows in input_rows])
 
     def blocks(self, rows: Rows) -> list[Block]:
         """Read the values of each input for the items that have all inputs."""
-        return [self._read(feature, own_rows) for feature, own_rows in zip(self.inputs, rows.input_rows, strict=True)]
+        pairs = zip(self.inputs, rows.input_rows, strict=True)
+        return [self._read(feature, feature_rows) for feature, feature_rows in pairs]
 
     def _read(self, feature: Feature, rows: Ints) -> Block:
         """Read rows of an input, chunk by chunk."""
         chunks, offsets = np.divmod(rows, self.cache.info.chunk_size)
         items: list[Any] = [None] * len(rows)
+
         for chunk in distinct(chunks).tolist():
             stored = feature.items(self._commit(feature, chunk))
             for position in np.flatnonzero(chunks == chunk).tolist():
                 items[position] = stored[offsets[position]]
+
         if not feature.is_ragged:
             return Block(np.stack(items))
         return Block(np.concatenate(items), np.array([len(item) for item in items], np.int64))
@@ -330,8 +363,8 @@ class ChunkReader:
             return rows
         if modality not in self._rows_by_sample:
             self._rows_by_sample[modality] = self._find_rows_by_sample(modality)
-        found: Ints = self._rows_by_sample[modality][self.samples[rows]]
-        return found
+        modality_rows: Ints = self._rows_by_sample[modality][self.samples[rows]]
+        return modality_rows
 
     def _find_rows_by_sample(self, modality: str) -> Ints:
         """Return the row of each sample's only item of a modality, (S,) int64, -1 if it has none.
@@ -341,10 +374,12 @@ class ChunkReader:
         """
         samples = _read_samples(self.cache, modality)
         counts_S = np.bincount(samples, minlength=len(self.cache))
+
         if counts_S.max() > 1:
             sample = int(np.argmax(counts_S > 1))
             got = f"{counts_S[sample]} in the sample {self.cache.key(sample)!r}"
             raise DataError(f"expected one {modality} per sample, got {got}; make the {modality} the first input")
+
         rows_S = np.full(len(self.cache), -1, np.int64)
         rows_S[samples] = np.arange(len(samples))
         return rows_S
@@ -374,7 +409,7 @@ class OpenDerivation:
 
     Args:
         name: name of its folder in the cache.
-        fingerprint: everything that decides what is computed now, to compare with that of the folder.
+        fingerprint: everything that decides the requested features, to compare with the fingerprint of the folder.
         reader: reads the inputs of a chunk.
         parameters: parameters of the rule with its fitted arrays.
     """
@@ -388,10 +423,11 @@ class OpenDerivation:
     verb: Verb = "derived"
 
     def compute(self, rows: slice) -> ChunkFeatures:
-        """Compute the outputs of the items of a chunk; one that lacks an input has none, for the same reason."""
+        """Compute the outputs of the items of a chunk. An item without an input has no output, for the same reason."""
         inputs = self.reader.open_rows(np.arange(rows.start, rows.stop))
         items: dict[str, list[Array | None]] = {}
         failures: dict[str, list[str | None]] = {}
+
         for name, values in self.apply(inputs).items():
             items[name] = [None] * len(inputs.reasons)
             failures[name] = list(inputs.reasons)
@@ -400,19 +436,25 @@ class OpenDerivation:
                     failures[name][row] = f"{value}{self._own_suffix}"
                 else:
                     items[name][row] = value
+
         return ChunkFeatures(items, inputs.hashes, failures)
 
     def retries(self, commit: Commit) -> bool:
-        """Return whether the reason of an input has changed for an item that failed, such as to none at all."""
+        """Return whether an item that failed has an input whose reason changed, such as to none at all."""
         reasons = [commit.failures[name] for name in self.outputs if name in commit.failures]
         if not any(map(any, reasons)):
             return False
-        now = self.reader.open_rows(self.reader.rows_of(commit.chunk)).reasons
-        return any(
-            reason not in (None, PENDING) and (None if reason.endswith(self._own_suffix) else reason) != reason_now
-            for of_output in reasons
-            for reason, reason_now in zip(of_output, now, strict=True)
-        )
+
+        input_reasons = self.reader.open_rows(self.reader.rows_of(commit.chunk)).reasons
+        for output_reasons in reasons:
+            for reason, input_reason in zip(output_reasons, input_reasons, strict=True):
+                if reason in (None, PENDING):
+                    continue
+                # A reason of the rule itself means that no input failed then.
+                earlier_input_reason = None if reason.endswith(self._own_suffix) else reason
+                if earlier_input_reason != input_reason:
+                    return True
+        return False
 
     @property
     def _own_suffix(self) -> str:
@@ -420,7 +462,7 @@ class OpenDerivation:
         return f" (from {self.name})"
 
     def apply(self, rows: Rows) -> dict[str, list[Array | ItemError]]:
-        """Apply the rule to the items that have all inputs: output -> one array or error per item, as it is stored.
+        """Apply the rule to the items that have all inputs: output -> one array or error per item, as stored.
 
         Raises:
             SettingError: the rule lacks an output.
@@ -429,22 +471,26 @@ class OpenDerivation:
         num_items = len(rows.valid)
         if not num_items:
             return {name: [] for name in self.outputs}
+
         returned = self.rule.apply(self.reader.blocks(rows), self.parameters)
         values: dict[str, list[Array | ItemError]] = {}
+
         for name, output in self.outputs.items():
             if not isinstance(returned, Mapping) or name not in returned:
-                found = list(returned) if isinstance(returned, Mapping) else type(returned).__name__
-                raise SettingError(f"the rule {self.rule.name!r}: expected the output {name!r}, got {found}")
+                got = list(returned) if isinstance(returned, Mapping) else type(returned).__name__
+                raise SettingError(f"the rule {self.rule.name!r}: expected the output {name!r}, got {got}")
+
             full_name = f"{self.name}/{name}"
             values[name] = [
                 item if isinstance(item, ItemError) else cast_item(item, output.shape, output.dtype, full_name)
                 for item in to_items(full_name, returned[name], num_items)
             ]
+
         return values
 
 
 def _prepare_group(opened: OpenDerivation, *, split_path: Path | None) -> tuple[EncoderGroup, OpenDerivation]:
-    """Create the folder of derived features, or open it; fit the rule, unless the folder holds what it was fitted to.
+    """Create the folder of derived features, or open it; fit the rule, unless the folder has its fitted arrays.
 
     Returns:
         The folder, and the derivation with the arrays that its rule was fitted to.
@@ -452,27 +498,31 @@ def _prepare_group(opened: OpenDerivation, *, split_path: Path | None) -> tuple[
     Raises:
         SettingError: the name belongs to an encoder.
         PathError: there is no file of that path for the training part.
-        FingerprintError: the folder holds features of other inputs, parameters, code or training part.
+        FingerprintError: the folder has features of other inputs, parameters, code or training part.
         CorruptError: the fitted arrays are missing or have changed.
     """
     cache = opened.reader.cache
     place = (cache.path, opened.reader.modality, opened.name)
     path = encoder_path(*place)
+
     stored = find_group(*place, cache.info)
     if stored is not None and not stored.is_derived:
         raise SettingError(f"name: {path} holds the features of the encoder {stored.spec}; choose another name")
+
     spec = _spec(opened.rule)
 
     if opened.rule.fit is None:
         if split_path is not None:
             raise SettingError(f"fit_split: the rule {opened.rule.name!r} is not fitted; omit --fit-split")
-        opened.apply(opened.reader.open_rows(np.arange(1)))  # before anything is written
+        # One item is tried before anything is written.
+        opened.apply(opened.reader.open_rows(np.arange(1)))
         return create_group(*place, cache.info, spec=spec, fingerprint=opened.fingerprint), opened
 
     if split_path is not None:
         require_split(split_path)
     part = {"part": "all"} if split_path is None else {"part": "train", "split": digest_file(split_path)}
     fingerprint = {**opened.fingerprint, "fit": part}
+
     with locked(path):  # so that one process fits the rule for all
         weights = _find_fit(cache, place, fingerprint)
         if weights is None:
@@ -480,18 +530,20 @@ def _prepare_group(opened: OpenDerivation, *, split_path: Path | None) -> tuple[
             with replacing(fit_path(path)) as temporary:
                 save_file(arrays, temporary)
             weights = digest_file(fit_path(path))
+
         group = create_group(*place, cache.info, spec=spec, fingerprint={**fingerprint, "weights": weights})
     return group, _with_fit(opened, group)
 
 
 def _find_fit(cache: Cache, place: tuple[Path, str, str], fingerprint: Mapping[str, Any]) -> str | None:
-    """Return the digest of the arrays that a folder was fitted to, to which a new request is compared.
+    """Return the digest of the arrays that a folder was fitted to, to compare with a new request.
 
-    None if it has neither chunks nor arrays that an interrupted derivation of the same features was fitted to.
+    Returns None if the folder has neither chunks nor the arrays of an interrupted derivation of the same features.
     """
     stored = find_group(*place, cache.info)
     if stored is None:
         return None
+
     is_same = {**stored.fingerprint, "weights": ""} == {**fingerprint, "weights": ""}
     if stored.has_commits or (is_same and fit_path(stored.path).is_file()):
         return str(stored.fingerprint["weights"])
@@ -499,6 +551,8 @@ def _find_fit(cache: Cache, place: tuple[Path, str, str], fingerprint: Mapping[s
 
 
 def _spec(rule: Rule) -> str:
+
+    # A comma separates the options of a spec.
     for path in rule.location.values():
         if "," in path:
             raise SettingError(f"{path}: a path with a comma is not supported; rename it or link to it")

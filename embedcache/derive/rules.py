@@ -1,9 +1,9 @@
 """Rules: pure functions that compute one feature from others, item by item.
 
-A rule receives one `Block` per input and its parameters, and returns the values of each output. What it computes for
-an item may depend only on that item's inputs and the parameters, so that any process can compute any chunk again.
+A rule receives one `Block` per input and its parameters, and returns the values of each output. The values of an item
+may depend only on that item's inputs and the parameters, so that any process can compute any chunk again.
 
-Trained runs are rules too: an aligned pair offers the output `projected`, other modules have outputs of their own.
+Trained runs are rules too: an aligned pair has the output `projected`, other modules name their outputs.
 """
 
 import inspect
@@ -41,7 +41,7 @@ class Block(NamedTuple):
 
     Args:
         values: (B, D) or (B, T, D) in the dtype on disk; with `lengths`, the tokens of all items, one after another.
-        lengths: (B,) number of tokens of each item, where it varies; else None.
+        lengths: (B,) number of tokens of each item if it varies, else None.
     """
 
     values: Array
@@ -63,7 +63,7 @@ class Block(NamedTuple):
 
 
 Output: TypeAlias = "Block | Array | Sequence[Array | ItemError]"
-"""Values of one output for B items: an array, a block, or one array per item; an `ItemError` is a reason why not."""
+"""Values of one output for B items: an array, a block, or one array per item; an `ItemError` says why one is absent."""
 
 RuleFunction: TypeAlias = Callable[[Sequence[Block], Mapping[str, Any]], Mapping[str, Output]]
 """Maps one block per input and the parameters to the values of each output."""
@@ -71,19 +71,19 @@ RuleFunction: TypeAlias = Callable[[Sequence[Block], Mapping[str, Any]], Mapping
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """A rule, and what must be known before it runs.
+    """A rule, and its properties that must be known before it runs.
 
     Args:
         name: name in `RULES`, `module:attribute`, or `run`; part of the fingerprint.
         apply: computes the outputs of B items; a rule with `fit` also gets the fitted arrays as parameters.
         outputs: item shapes of the inputs and parameters -> output -> shape of one item, (D,), (T, D) or (-1, D);
             raises if the inputs do not fit.
-        parameters: parameter -> default; None accepts any parameter.
+        parameters: parameter -> default. If None, any parameter is accepted.
         fit: one pass over the inputs of the training part -> arrays that `apply` needs.
         keeps_axis: whether token outputs have the tokens of the first input, and therefore its axis.
-        axis: output and the axes of the inputs -> axis of its tokens; None: as `keeps_axis` says.
-        weights: digest of what the rule computes with, such as the weights of a run.
-        location: option -> path of what opens the rule again; not part of the fingerprint.
+        axis: output and the axes of the inputs -> axis of its tokens. If None, `keeps_axis` decides.
+        weights: digest of the values that the rule computes with, such as the weights of a run.
+        location: option -> path from which the rule is opened again; not part of the fingerprint.
     """
 
     name: str
@@ -106,23 +106,27 @@ class Rule:
         except (OSError, TypeError):
             return None
 
-    def check_parameters(self, given: Mapping[str, Any]) -> dict[str, Any]:
+    def check_parameters(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
         """Return the parameters with defaults, as they read back from JSON.
 
         Raises:
             UnknownNameError: the rule has no parameter of that name.
             SettingError: a value is not JSON, or of another type than the default.
         """
-        defaults = given if self.parameters is None else self.parameters
+        defaults = parameters if self.parameters is None else self.parameters
         values = dict(defaults)
-        for name, value in given.items():
+        for name, parameter in parameters.items():
             if name not in defaults:
                 raise unknown_name("parameter", name, defaults, where=f"of the rule {self.name!r}")
-            default, value = defaults[name], value.item() if isinstance(value, np.generic) else value
+
+            default = defaults[name]
+            value = parameter.item() if isinstance(parameter, np.generic) else parameter
+            # An integer is a valid float; a bool, which Python counts as an integer, is not.
             if type(value) is not type(default) and not (isinstance(default, float) and type(value) is int):
-                parameter = f"parameter {name} of the rule {self.name!r}"
-                raise SettingError(f"{parameter}: expected a value such as {default!r}, got {value!r}")
+                label = f"parameter {name} of the rule {self.name!r}"
+                raise SettingError(f"{label}: expected a value such as {default!r}, got {value!r}")
             values[name] = float(value) if isinstance(default, float) else value
+
         try:
             checked: dict[str, Any] = json.loads(canonical_json(values))
         except (TypeError, ValueError) as error:
@@ -145,7 +149,7 @@ RULES = Registry(
 
 
 class DerivedView(NamedTuple):
-    """A view of the inputs that derived features are computed from; they differ from the plain ones in nothing else.
+    """A view of the inputs that derived features are computed from. Only the inputs differ from the plain features.
 
     Args:
         name: name of the view, such as `babble-5dB`.
@@ -158,17 +162,23 @@ class DerivedView(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Derivation:
-    """A description of derived features.
+    """A description of derived features, for `derive_features`.
 
     Args:
-        name: name of their folder in the cache, beside those of encoders.
+        name: name of their folder in the cache, next to the folders of encoders.
         inputs: modality and name, `encoder/feature`, of each feature that the rule reads. The derived features have an
             item per item of the first input; other modalities contribute the item of the same sample.
         rule: a rule, its name, or `module:attribute`; see `RULES`.
         parameters: parameters of the rule, as JSON values.
         dtype: dtype on disk of the outputs.
-        fit_split: a run's `split.parquet`; a rule that is fitted reads its training part. None: all items.
-        view: the view that the inputs are of, which is added to the name of the folder: `NAME@VIEW`.
+        fit_split: a run's `split.parquet`. A rule that is fitted reads its training part, or all items if None.
+        view: view of the inputs, which is added to the name of the folder: `NAME@VIEW`.
+
+    Example:
+        >>> inputs = [("image", "dinov2/cls"), ("image", "dinov2/patch_mean")]
+        >>> derivation = embedcache.Derivation(name="both", inputs=inputs, rule="concat")
+        >>> derivation.folder
+        'both'
     """
 
     name: str
@@ -200,20 +210,25 @@ def open_rule(rule: str | Rule) -> Rule:
         UnknownNameError: there is no such rule, or its module cannot be imported.
         SettingError: the attribute is not a `Rule`.
     """
-    found = rule if isinstance(rule, Rule) else RULES.load(rule)
-    if not isinstance(found, Rule):
-        raise SettingError(f"{rule}: expected a Rule, got {type(found).__name__}")
-    return found
+    opened = rule if isinstance(rule, Rule) else RULES.load(rule)
+    if not isinstance(opened, Rule):
+        raise SettingError(f"{rule}: expected a Rule, got {type(opened).__name__}")
+    return opened
 
 
 def to_items(name: str, output: Output, num_items: int) -> list[Array | ItemError]:
-    """Return one array or error per item of what a rule returned; `DataError` if it is not one per item."""
+    """Return one array or error per item from the output of a rule.
+
+    Raises:
+        DataError: the output does not have one value per item.
+    """
     try:
         items = output.items() if isinstance(output, Block) else list(output)
     except TypeError:
         raise DataError(f"output {name}: expected a value per item, got {type(output).__name__}") from None
     if len(items) != num_items:
         raise DataError(f"output {name}: expected values for {num_items} items, got {len(items)}")
+
     return [item if isinstance(item, ItemError) else np.asarray(item) for item in items]
 
 
@@ -234,7 +249,10 @@ def _mean(inputs: Sequence[Block], _: Mapping[str, Any]) -> Mapping[str, Output]
     (block,) = inputs
     if block.lengths is None:
         return {"mean": np.asarray(block.values, np.float32).mean(axis=1)}
-    return {"mean": [item.mean(axis=0, dtype=np.float32) if len(item) else _NO_TOKENS for item in block.items()]}
+
+    # The mean of no tokens would be NaN.
+    means = [item.mean(axis=0, dtype=np.float32) if len(item) else _NO_TOKENS for item in block.items()]
+    return {"mean": means}
 
 
 _NO_TOKENS = ItemError("no tokens")
@@ -259,7 +277,8 @@ CONCAT = Rule(name="concat", apply=_concat, outputs=_concat_outputs, parameters=
 
 
 def _pca_outputs(shapes: Sequence[ItemShape], parameters: Mapping[str, Any]) -> Mapping[str, ItemShape]:
-    shape, width = _one_input("pca", shapes), parameters["width"]
+    shape = _one_input("pca", shapes)
+    width = parameters["width"]
     if not 1 <= width <= shape[-1]:
         raise SettingError(f"parameter width of the rule 'pca': expected 1 to {shape[-1]}, got {width}")
     return {"pca": (*shape[:-1], width)}
@@ -286,8 +305,12 @@ def principal_components(moments: Moments, width: int, *, whiten: bool) -> tuple
     """
     covariance_DD = moments.covariances().first
     variances, vectors = np.linalg.eigh(covariance_DD)
-    variances, components = variances[::-1][:width], vectors[:, ::-1][:, :width]
+
+    # eigh sorts variances in ascending order, and leaves the sign of a component to chance.
+    variances = variances[::-1][:width]
+    components = vectors[:, ::-1][:, :width]
     components = components * np.sign(components[np.abs(components).argmax(axis=0), np.arange(width)])
+
     if whiten:
         smallest = _smallest_variance(covariance_DD)
         if variances[-1] <= smallest:
@@ -295,6 +318,7 @@ def principal_components(moments: Moments, width: int, *, whiten: bool) -> tuple
             next_step = f"use width={rank} or more items" if rank else "all vectors are equal, so use other items"
             raise DataError(f"whitening to {width} components: the data have {rank}; {next_step}")
         components = components / np.sqrt(variances)
+
     return moments.first_mean.astype(np.float32), components.astype(np.float32)
 
 
@@ -322,8 +346,11 @@ def _fit_standardize(blocks: Iterator[Sequence[Block]], _: Mapping[str, Any]) ->
     moments = _sum_moments(blocks)
     covariance_DD = moments.covariances().first
     variances = covariance_DD.diagonal()
+
+    # Rounding of a constant column must not be scaled up to variance 1.
     is_constant = variances <= _smallest_variance(covariance_DD)
     scale = np.where(is_constant, 1.0, np.sqrt(np.where(is_constant, 1.0, variances)))
+
     return {"center": moments.first_mean.astype(np.float32), "scale": scale.astype(np.float32)}
 
 
@@ -350,6 +377,7 @@ def _sum_moments(blocks: Iterator[Sequence[Block]]) -> Moments:
         rows_MD = block.rows()
         moments = moments or Moments(rows_MD.shape[1])
         moments.add(rows_MD)
+
     if moments is None or moments.num_rows < 2:
         raise DataError("expected at least 2 vectors in the training part to fit a rule, got fewer")
     return moments
@@ -362,14 +390,14 @@ def _smallest_variance(covariance_DD: Array) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class RunRequest:
-    """A run and the output of it to derive.
+    """A run and one of its outputs to derive.
 
     Args:
         cache: the cache whose features the run reads.
         path: folder of the run.
         output: name of the output.
         name: name of the derived features' folder in the cache.
-        modality: modality of the features to derive; None: every modality for which the run has the output.
+        modality: modality of the features to derive; every modality for which the run has the output if None.
         view: view of the run's features of that modality; `plain` is these features.
         dtype: dtype on disk.
     """
@@ -387,12 +415,12 @@ class RunRequest:
 class OutputModule(Protocol):
     """A trained module with outputs that can be derived; a `torch.nn.Module` of a run that `train_task` wrote.
 
-    It is in evaluation mode. The inputs are the features of the sides that an output reads: those of the run's config,
-    in their order, unless the module has a method `output_sides(name)` that returns the names of the sides which an
-    output reads. The derived features belong to the modality of the first of them.
+    It is in evaluation mode. By default an output reads the features of all sides of the run's config, in their order.
+    A method `output_sides(name)` may return the names of the sides that an output reads instead. The derived features
+    belong to the modality of the first side.
 
     A method `output_axis(name, axes)` may return the `embedcache.store.layout.Axis` of the tokens of an output, or
-    None, given those of its inputs.
+    None, given the axes of its inputs.
     """
 
     def output_shapes(self, shapes: Sequence[ItemShape]) -> Mapping[str, ItemShape]:
@@ -411,16 +439,18 @@ def open_run(request: RunRequest) -> list[Derivation]:
         PathError: the folder is not a finished run.
         UnknownNameError: the run has no such output, or is of an unknown kind.
         SettingError: the run has no outputs, or none for the modality.
-        FingerprintError: the cache holds features from another encoder than the run was trained on.
+        FingerprintError: the cache has features from another encoder than the run was trained on.
     """
     run = Run.open(request.path)
+
+    # The device depends on the kind of run, which only the opened run tells.
     device = str(torch_device(request.device, needs_float64=run.info.kind != PAIR))
     run = Run.open(request.path, device=device)
     return _open_pair(request, run) if run.info.kind in TOWERS else [_open_module(request, run)]
 
 
 def _open_module(request: RunRequest, run: Run) -> Derivation:
-    """Open an output of a run of a module, which says what it offers.
+    """Open an output of a run of a module, which names its outputs.
 
     Raises:
         SettingError: the module is not an `OutputModule`, or the output is of another modality.
@@ -428,8 +458,10 @@ def _open_module(request: RunRequest, run: Run) -> Derivation:
     module = run.module
     if not (hasattr(module, "output_shapes") and hasattr(module, "compute_outputs")):
         raise SettingError(f"{request.path}: the module {run.info.kind} offers no outputs, as OutputModule does")
+
     output_module = cast(OutputModule, module)
     sides = [(side.modality, side) for side in _output_sides(output_module, run, request.output)]
+
     if request.modality not in (None, sides[0][0]):
         raise SettingError(f"modality: expected none for a run of {run.info.kind}, got {request.modality}")
 
@@ -448,11 +480,12 @@ def _open_module(request: RunRequest, run: Run) -> Derivation:
 
 
 def _output_sides(module: OutputModule, run: Run, output: str) -> list[RunInput]:
-    """Return the sides that an output reads: all, unless the module says which."""
+    """Return the sides that an output reads: all, unless the module names some."""
     choose: Callable[[str], Sequence[str]] | None = getattr(module, "output_sides", None)
     inputs = run.info.inputs
     names = list(inputs) if choose is None else choose(output)
-    if not names or any(name not in inputs for name in names):  # of an unknown output, which is named later
+    # The names of an unknown output mean nothing; it is reported when its shape is looked up.
+    if not names or any(name not in inputs for name in names):
         names = list(inputs)
     return [inputs[name] for name in names]
 
@@ -467,10 +500,10 @@ def _make_derivation(
     *,
     axis: Callable[[str, Sequence[Axis | None]], Axis | None] | None = None,
 ) -> Derivation:
-    """Return the derivation of an output from features of the cache, a view of those of the first side.
+    """Return the derivation of an output from features of the cache; the first side may be read through a view.
 
     Raises:
-        FingerprintError: the cache holds features from another encoder than the run was trained on.
+        FingerprintError: the cache has features from another encoder than the run was trained on.
     """
     inputs: list[tuple[str, str]] = []
     plain_inputs: list[tuple[str, str, Mapping[str, Any]]] = []
@@ -478,8 +511,10 @@ def _make_derivation(
         view = request.view if modality == sides[0][0] else PLAIN
         feature = open_input(request.cache, modality, view_feature(side.feature, view))
         next_step = f"the cache's {feature.name} comes from another encoder: use the cache that the run was trained on"
-        what = f"the run's {modality} feature {side.feature}"
-        check_same_view(what, side.fingerprint, feature.fingerprint, view, next_step=next_step)
+        label = f"the run's {modality} feature {side.feature}"
+        check_same_view(label, side.fingerprint, feature.fingerprint, view, next_step=next_step)
+
+        # A joined feature, `a/cls+a/patches`, is read as its parts.
         inputs += [(modality, part) for part in feature.name.split("+")]
         plain_inputs += [(modality, part, side.fingerprint) for part in side.feature.split("+")]
 
@@ -507,6 +542,8 @@ def _open_pair(request: RunRequest, run: Run) -> list[Derivation]:
     run.load()
     if request.output != "projected":
         raise unknown_name("output", request.output, ["projected"], where=f"of the run {request.path}")
+
+    # Without a choice, modalities that the cache lacks are left out.
     if request.modality is None:
         modalities = [name for name in run.modalities if request.cache.info.num_items.get(name)]
     elif request.modality in run.modalities:
@@ -525,9 +562,11 @@ def _open_pair(request: RunRequest, run: Run) -> list[Derivation]:
 def _project(tower: AnyTower, device: str, inputs: Sequence[Block]) -> Mapping[str, Output]:
     """Project B items, a few at a time, as token sequences are padded: (B, P) float32, rows of length 1."""
     items = [block.items() for block in inputs]
-    rows = blocks(len(items[0]), _BLOCK)
-    vectors_BP = np.concatenate([project(tower, _to_inputs(inputs, items, row), device=device) for row in rows])
-    return {"projected": vectors_BP}
+    vectors = []
+    for rows in blocks(len(items[0]), _BLOCK):
+        batch = _to_inputs(inputs, items, rows)
+        vectors.append(project(tower, batch, device=device))
+    return {"projected": np.concatenate(vectors)}
 
 
 def _to_inputs(inputs: Sequence[Block], items: Sequence[Sequence[Array]], rows: slice) -> Inputs:
@@ -537,7 +576,7 @@ def _to_inputs(inputs: Sequence[Block], items: Sequence[Sequence[Array]], rows: 
 
 
 def reopen_run(cache: Cache, group: EncoderGroup, location: Mapping[str, str], *, device: str) -> Derivation:
-    """Open the output of a run again from what a folder of derived features records."""
+    """Reopen the output of a run from the record of a folder of derived features."""
     request = RunRequest(
         cache=cache,
         path=Path(location[RUN]),

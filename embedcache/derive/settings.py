@@ -13,7 +13,7 @@ DTYPES = ("float16", "float32", "int16", "int32", "int64")
 
 
 class DeriveSettings(Settings):
-    """What to derive: the output of a run, or of a rule on some inputs."""
+    """Settings of a derivation: the output of a run, or a rule and its inputs."""
 
     run: Path | None = setting(None, "Apply this run to the features that it was trained on.", metavar="RUN")
     run_output: str | None = setting(
@@ -30,8 +30,8 @@ class DeriveSettings(Settings):
     )
     views: tuple[str, ...] = setting(
         (),
-        "Read this view of the run's features, such as flip or babble-5dB, and store the output in a folder of its "
-        "own; plain is the features themselves. May be repeated.",
+        "Read this view of the run's features, such as flip or babble-5dB, and store the output in a separate folder; "
+        "plain is the features themselves. May be repeated.",
         flat_name="view",
         metavar="VIEW",
         commas="split specs",
@@ -66,11 +66,18 @@ class DeriveSettings(Settings):
         if (self.run is None) == (self.rule is None):
             got = "neither" if self.run is None else "both"
             raise SettingError(f"rule: expected either --run or --rule, got {got}")
-        of_rule = {"input": self.inputs, "parameter": self.parameters, "fit_split": self.fit_split}
-        of_run = {"run_output": self.run_output, "modality": self.modality, "view": self.views}
-        given = [name for name, value in (of_run if self.run is None else of_rule).items() if value]
-        if given:
-            raise SettingError(f"{given[0]}: expected with {'--run' if self.run is None else '--rule'} only; omit it")
+
+        # An option of the other way would be ignored silently.
+        excluded: dict[str, object]
+        if self.run is None:
+            owner = "--run"
+            excluded = {"run_output": self.run_output, "modality": self.modality, "view": self.views}
+        else:
+            owner = "--rule"
+            excluded = {"input": self.inputs, "parameter": self.parameters, "fit_split": self.fit_split}
+        for name, value in excluded.items():
+            if value:
+                raise SettingError(f"{name}: expected with {owner} only; omit it")
 
     @property
     def input_features(self) -> list[tuple[str, str]]:
@@ -79,7 +86,7 @@ class DeriveSettings(Settings):
 
     @property
     def parameter_values(self) -> dict[str, Any]:
-        """Parameters of the rule; a value that is JSON, such as 64 or true, is read as such, any other as text."""
+        """Parameters of the rule. A value that is JSON, such as 64 or true, is read as JSON, any other as a string."""
         pairs = (_split_pair("parameter", text, "NAME=VALUE, such as width=64") for text in self.parameters)
         return {name: _parse(value) for name, value in pairs}
 

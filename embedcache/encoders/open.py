@@ -173,10 +173,10 @@ def reopen_encoder(
         FingerprintError: the encoder differs; the message names each field with both values.
         SettingError: the encoder is custom code, and the file that names it is not trusted.
     """
-    # A stored graph answers without transformers, whose import takes longer than a search.
     settings = EncoderSettings(**recorded_settings(fingerprint, device), features=feature_names(feature))
     expected = {field: value for field, value in fingerprint.items() if field != "view"}
 
+    # A stored graph answers without transformers, whose import takes longer than a search.
     if modality == "text" and fingerprint["backend"] == "onnxruntime":
         from embedcache.encoders.models import open_stored
 
