@@ -1,8 +1,6 @@
-"""Count which random mutants of core modules their tests kill: `python -m tests.mutants FOLDER 200 --seed 0`.
+"""Count which random mutants of all packages their tests kill: `python -m tests.mutants FOLDER 400 --seed 0`.
 
-With `--again FILE`, the mutants that FILE lists are tried once more, in today's code: those whose line still exists.
-`tests/net/mutants.jsonl` lists 200 of commit d6be3df6.
-
+`--packages curate,store` tries the same mutants of these packages only.
 A mutant changes one comparison, operator, constant, condition or boundary of a slice in a copy of the repository. The
 tests of its package that run the changed line, or that use a shared fixture that runs it, are run until the first
 failure; tests marked `no_mutants`, which would take too long, are left out. Mutants that survive are listed with their
@@ -38,7 +36,8 @@ import coverage
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("metrics", "train", "projectors", "store", "dataset", "search", "curate")
+PACKAGES = tuple(sorted(path.name for path in (ROOT / "embedcache").iterdir() if (path / "__init__.py").is_file()))
+MOST_PER_PACKAGE = 40
 LIBRARIES = (
     *("faiss", "matplotlib.pyplot", "PIL.Image", "pyarrow.compute", "pyarrow.parquet", "safetensors.torch"),
     *("scipy.sparse.csgraph", "scipy.stats", "torch.utils.checkpoint", "torch.utils.data"),
@@ -74,20 +73,16 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("num_mutants", type=int, nargs="?", default=200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--again", type=Path, metavar="FILE", help="try the mutants of an earlier result")
+    parser.add_argument("--packages", default=",".join(PACKAGES), help="try mutants of these, separated by commas")
     options = parser.parse_args()
     folder = options.folder.resolve()
     prepare(folder)
-    results = folder / (f"again-{options.again.name}" if options.again else f"seed-{options.seed}.jsonl")
+    results = folder / f"seed-{options.seed}.jsonl"
     states = [json.loads(line)["state"] for line in results.read_text().splitlines()] if results.is_file() else []
     with tempfile.TemporaryDirectory() as temporary, results.open("a") as file:
         copy = Path(temporary).resolve() / "repository"
         shutil.copytree(folder / "repository", copy)
-        if options.again:
-            places = find_again(copy, [json.loads(line) for line in options.again.read_text().splitlines()])
-        else:
-            places = draw(copy, options.num_mutants, options.seed)
-
+        places = draw(copy, options.num_mutants, options.seed, options.packages.split(","))
         for number, (path, index) in enumerate(places[len(states) :], start=len(states) + 1):
             result = {"number": number, **try_mutant(folder, copy, path, index, number)}
             file.write(json.dumps(result) + "\n")
@@ -110,31 +105,29 @@ def prepare(folder: Path) -> None:
         importlib.import_module(library)
 
 
-def draw(copy: Path, num_mutants: int, seed: int) -> list[tuple[Path, int]]:
-    """Return the path of each mutant, drawn by its length, and the number of the place that is changed."""
-    rng = random.Random(seed)
-    paths = [path for name in PACKAGES for path in sorted((copy / "embedcache" / name).rglob("*.py"))]
-    texts = [path.read_text() for path in paths]
-    counts = [sum(1 for _ in find_places(ast.parse(text))) for text in texts]
-    weights = [len(text) if count else 0 for text, count in zip(texts, counts, strict=True)]
-    drawn = [rng.choices(range(len(paths)), weights)[0] for _ in range(num_mutants)]
-    return [(paths[number], rng.randrange(counts[number])) for number in drawn]
+def draw(copy: Path, num_mutants: int, seed: int, packages: list[str]) -> list[tuple[Path, int]]:
+    """Return the path of each mutant, drawn by its length, and the number of the place that is changed.
 
+    A package has its share of `num_mutants` by length, at most 40; its mutants are the same, whatever else is drawn.
+    """
+    lengths = {name: sum(len(path.read_text()) for path in list_modules(copy, name)) for name in PACKAGES}
+    places: list[tuple[Path, int]] = []
+    for package in packages:
+        rng = random.Random(f"{seed} {package}")
+        paths = list_modules(copy, package)
+        texts = [path.read_text() for path in paths]
+        counts = [sum(1 for _ in find_places(ast.parse(text))) for text in texts]
+        weights = [len(text) if count else 0 for text, count in zip(texts, counts, strict=True)]
 
-def find_again(copy: Path, mutants: list[dict[str, Any]]) -> list[tuple[Path, int]]:
-    """Return path and place of each mutant whose line still exists, in its own module or else in another."""
-    paths = [path for name in PACKAGES for path in sorted((copy / "embedcache" / name).rglob("*.py"))]
-    places_of_mutant: dict[tuple[object, ...], list[tuple[Path, int]]] = {}
-    for path in paths:
-        for index, name in enumerate(name_places(path.read_text())):
-            places_of_mutant.setdefault(name, []).append((path, index))
-
-    places = []
-    for mutant in mutants:
-        candidates = places_of_mutant.get((mutant["text"], mutant["change"], mutant["repeat"]), [])
-        own = [place for place in candidates if str(place[0].relative_to(copy)) == mutant["path"]]
-        places += (own or candidates)[:1]
+        share = round(num_mutants * lengths[package] / sum(lengths.values()))
+        for number in rng.choices(range(len(paths)), weights, k=min(share, MOST_PER_PACKAGE)):
+            places.append((paths[number], rng.randrange(counts[number])))
     return places
+
+
+def list_modules(copy: Path, package: str) -> list[Path]:
+    """Return the modules of a package, by name."""
+    return sorted((copy / "embedcache" / package).rglob("*.py"))
 
 
 def name_places(text: str) -> list[tuple[object, ...]]:
