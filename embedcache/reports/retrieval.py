@@ -48,25 +48,36 @@ _EXAMPLES_NOTE = (
 
 
 def retrieval_table(reports: Mapping[str, RetrievalReport]) -> Table:
-    """Return recalls with their 95% intervals: rows per report, and one for the first's chance level.
+    """Return recalls with their 95% intervals: rows per report, and one for the chance level of the first.
 
-    A report of several seeds has a second row, whose intervals hold the variance of seeds, too; one of runs with
+    A report of several seeds has a second row, whose intervals include the variance of seeds. A report of runs with
     prototypes has a row without the samples whose captions name one of their classes.
     """
-    first = next(iter(reports.values()))
-    columns = ["", *(f"{direction} R@{k}" for direction in first.directions for k in KS)]
-    rows = {}
+    recalls = {}
     for name, report in reports.items():
-        rows[name] = report.recalls
+        recalls[name] = report.recalls
         if report.over_seeds:
-            rows[f"{name}, over seeds"] = report.over_seeds
+            recalls[f"{name}, over seeds"] = report.over_seeds
         if report.unnamed:
-            rows[f"{name}, no class named"] = report.unnamed
-    rows["chance"] = first.chance
-    return columns, [
-        [name, *(str(recalls[direction][f"r@{k}"]) for direction in first.directions for k in KS)]
-        for name, recalls in rows.items()
-    ]
+            recalls[f"{name}, no class named"] = report.unnamed
+
+    first = next(iter(reports.values()))
+    recalls["chance"] = first.chance
+    rows = [[name, *_recall_cells(first.directions, estimates)] for name, estimates in recalls.items()]
+    return ["", *_recall_columns(first)], rows
+
+
+def _recall_columns(report: RetrievalReport) -> list[str]:
+    return [f"{direction} R@{k}" for direction in report.directions for k in KS]
+
+
+def _recall_cells(directions: Sequence[str], estimates: _DirectionEstimates) -> list[str]:
+    """Return the recalls of both directions in the order of the columns."""
+    cells = []
+    for direction in directions:
+        for k in KS:
+            cells.append(str(estimates[direction][f"r@{k}"]))
+    return cells
 
 
 def recall_tiles(report: RetrievalReport) -> list[tuple[str, str]]:
@@ -80,29 +91,27 @@ def recall_tiles(report: RetrievalReport) -> list[tuple[str, str]]:
 
 def rank_table(reports: Mapping[str, RetrievalReport]) -> Table:
     """Return mean average precisions and median ranks with their 95% intervals, one row per report."""
-    directions = next(iter(reports.values())).directions
-    columns = ["", *(f"{direction} {metric}" for direction in directions for metric in ("mAP", "median rank"))]
+    columns = [""]
+    for direction in next(iter(reports.values())).directions:
+        columns += [f"{direction} mAP", f"{direction} median rank"]
+
     rows = []
     for name, report in reports.items():
-        cells = []
-        for direction in directions:
-            cells += [
-                str(report.rank_metrics[direction]["map"]),
-                _format_rank(report.rank_metrics[direction]["median_rank"]),
-            ]
-        rows.append([name, *cells])
+        row = [name]
+        for direction in report.directions:
+            metrics = report.rank_metrics[direction]
+            row += [str(metrics["map"]), _format_rank(metrics["median_rank"])]
+        rows.append(row)
     return columns, rows
 
 
 def width_table(reports: Mapping[str, RetrievalReport]) -> Table:
-    """Return recalls by the first components of the shared space: rows per report and width; none without widths."""
-    directions = next(iter(reports.values())).directions
-    columns = ["", "width", *(f"{direction} R@{k}" for direction in directions for k in KS)]
-    return columns, [
-        [name, str(width), *(str(recalls[direction][f"r@{k}"]) for direction in directions for k in KS)]
-        for name, report in reports.items()
-        for width, recalls in report.by_width.items()
-    ]
+    """Return recalls by the first components of the shared space, one row per report and width."""
+    rows = []
+    for name, report in reports.items():
+        for width, recalls in report.by_width.items():
+            rows.append([name, str(width), *_recall_cells(report.directions, recalls)])
+    return ["", "width", *_recall_columns(next(iter(reports.values())))], rows
 
 
 def _format_rank(rank: Estimate) -> str:
@@ -112,25 +121,34 @@ def _format_rank(rank: Estimate) -> str:
 def retrieval_json(report: RetrievalReport, **others: RetrievalReport | None) -> dict[str, Any]:
     """Return a report as JSON values: `i2t`, `t2i`, `chance`, one entry for each of `others`, counts and seeds.
 
-    Of several seeds also `over_seeds`, with intervals that hold their variance; if smaller widths were ranked `widths`,
-    by width. Each direction holds `r@1`, `r@5`, `r@10`, the report's own also `map` and `median_rank`, and `intervals`
-    with the 95% interval of each.
+    A report of several seeds also has `over_seeds`, with intervals that include their variance. If smaller widths were
+    ranked, `widths` has their recalls by width. Each direction contains `r@1`, `r@5`, `r@10`, and `intervals` with the
+    95% interval of each. The directions of the report itself also contain `map` and `median_rank`.
     """
-    widths = {str(width): _directions_json(recalls) for width, recalls in report.by_width.items()}
+    record: dict[str, Any] = {}
+    for direction in report.directions:
+        record[direction] = estimates_json({**report.recalls[direction], **report.rank_metrics[direction]})
+
+    # Readers of several reports test for these keys, so an empty one is left out.
+    record["chance"] = _directions_json(report.chance)
+    if report.over_seeds:
+        record["over_seeds"] = _directions_json(report.over_seeds)
+    if report.by_width:
+        record["widths"] = {str(width): _directions_json(recalls) for width, recalls in report.by_width.items()}
+    if report.unnamed:
+        record["no_class_named"] = _directions_json(report.unnamed)
+    if report.named_samples:
+        record["named_samples"] = list(map(list, report.named_samples))
+    for name, other in others.items():
+        if other is not None:
+            record[name] = _directions_json(other.recalls)
+
+    for modality, counts in report.num_items.items():
+        record[f"num_{noun(modality).replace(' ', '_')}"] = counts[0]
     return {
-        **{
-            direction: estimates_json({**report.recalls[direction], **report.rank_metrics[direction]})
-            for direction in report.directions
-        },
-        "chance": _directions_json(report.chance),
-        **({"over_seeds": _directions_json(report.over_seeds)} if report.over_seeds else {}),
-        **({"widths": widths} if report.by_width else {}),
-        **({"no_class_named": _directions_json(report.unnamed)} if report.unnamed else {}),
-        **({"named_samples": [list(counts) for counts in report.named_samples]} if report.named_samples else {}),
-        **{name: _directions_json(other.recalls) for name, other in others.items() if other is not None},
-        **{f"num_{noun(modality).replace(' ', '_')}": counts[0] for modality, counts in report.num_items.items()},
+        **record,
         "seeds": report.seeds,
-        "recall_by_seed": [round_json(recall) for recall in report.by_seed],
+        "recall_by_seed": list(map(round_json, report.by_seed)),
         "part": report.part,
         "language": report.language,
         "overlap": asdict(report.overlap) if report.overlap else None,
@@ -145,47 +163,55 @@ def present_retrieval(
     reports: Mapping[str, RetrievalReport], cache: AnyPath, settings: RetrievalSettings
 ) -> Presentation:
     """Return the presentation of reports on a cache, the main one first, with example queries of its first run."""
-    cache, first = Cache(cache), next(iter(reports.values()))
+    cache = Cache(cache)
+    first = next(iter(reports.values()))
 
+    # Both sections of examples use one ranking. It is computed for a page only, since it loads the run again.
     @once
     def rank_first() -> Ranking:
         run = load_runs(first.run_paths[:1], device=settings.device)[0]
         return rank(cache, run, replace_fields(settings, language=settings.language[:1], check_overlap=False))
 
-    notes = [
-        "In brackets the 95% interval; over seeds, one that holds the variance of seeds, too; for chance, the range "
-        "that holds 95% of random rankings, in which equal captions stay together."
-    ]
-    if any(report.unnamed for report in reports.values()):
-        notes.append(NO_CLASS_NAMED)
-    recall = Section(
-        title="Recall",
-        notes=notes,
-        table=retrieval_table(reports),
-        figures=lambda: [
-            _recall_curves(reports),
-            recall_bars({**{name: report.recalls for name, report in reports.items()}, "chance": first.chance}),
-        ],
-    )
-    by_width = Section(
-        title="Recall by width",
-        notes=["Ranked by the first components of the shared space alone, scaled to length 1 again."],
-        table=width_table(reports),
-    )
-    widths = [by_width] if any(report.by_width for report in reports.values()) else []
+    sections = [_recall_section(reports)]
+    by_width = width_table(reports)
+    if by_width[1]:
+        note = "Ranked by the first components of the shared space alone, scaled to length 1 again."
+        sections.append(Section(title="Recall by width", notes=[note], table=by_width))
     queries, renderers = query_sections(cache, tuple(first.num_items), rank_first)
+    sections += [Section(title="Ranks", table=rank_table(reports)), *queries]
+
     return Presentation(
         title=f"{'-'.join(first.num_items).capitalize()} retrieval",
         lines=report_lines(reports),
-        warnings=[f"{name}: {report.warning}" for name, report in reports.items() if report.warning],
-        sections=[recall, *widths, Section(title="Ranks", table=rank_table(reports)), *queries],
+        warnings=report_warnings(reports),
+        sections=sections,
         record=lambda: one_or_list([_result(report, cache) for report in reports.values()]),
         renderers=renderers,
     )
 
 
+def _recall_section(reports: Mapping[str, RetrievalReport]) -> Section:
+    notes = [
+        "In brackets the 95% interval; over seeds, one that holds the variance of seeds, too; for chance, the range "
+        "that holds 95% of random rankings, in which equal captions stay together."
+    ]
+    bars = {}
+    for name, report in reports.items():
+        bars[name] = report.recalls
+        if report.unnamed and NO_CLASS_NAMED not in notes:
+            notes.append(NO_CLASS_NAMED)
+    bars["chance"] = next(iter(reports.values())).chance
+
+    return Section(
+        title="Recall",
+        notes=notes,
+        table=retrieval_table(reports),
+        figures=lambda: [_recall_curves(reports), recall_bars(bars)],
+    )
+
+
 def report_lines(reports: Mapping[str, Any]) -> list[str]:
-    """Return the line of each report of a recipe, and that of its overlap with the training part."""
+    """Return the line of each report of a recipe, and the line of its overlap with the training part."""
     lines = []
     for name, report in reports.items():
         lines.append(f"{name}: {replace(report, overlap=None).line()}")
@@ -194,20 +220,26 @@ def report_lines(reports: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def report_warnings(reports: Mapping[str, Any]) -> list[str]:
+    """Return the warnings of the reports of several recipes, each with the name of its recipe."""
+    return [f"{name}: {report.warning}" for name, report in reports.items() if report.warning]
+
+
 def _result(report: RetrievalReport, cache: Cache) -> dict[str, Any]:
     """Return a report of a run, or of seeds that were averaged, as CLIP_benchmark's `zeroshot_retrieval`.
 
-    `image_retrieval_recall@K` is the fraction of texts with their image among the top K, `text_retrieval_recall@K`
-    that of images with any of their texts there. Two things differ: equal texts and copies of an image are positives
-    of each other here and not there; among equal similarities we rank the wrong ones first, CLIP_benchmark any.
+    `image_retrieval_recall@K` is the fraction of captions with their image among the top K. `text_retrieval_recall@K`
+    is the fraction of images with any of their captions there. Two things differ. Equal captions and copies of an image
+    are positives of each other here and not there. Among equal similarities we rank the wrong ones first, and
+    CLIP_benchmark ranks any first.
     """
     first, second = report.num_items
-    retrieved = dict(zip(report.directions, (second, first), strict=True))
-    metrics = {
-        f"{retrieved[direction]}_retrieval_recall@{name.removeprefix('r@')}": estimate.value
-        for direction, recalls in report.recalls.items()
-        for name, estimate in recalls.items()
-    }
+    metrics = {}
+    # CLIP_benchmark names a direction by the modality that is retrieved, not by the query.
+    for direction, modality in zip(report.directions, (second, first), strict=True):
+        for name, estimate in report.recalls[direction].items():
+            metrics[f"{modality}_retrieval_recall@{name.removeprefix('r@')}"] = estimate.value
+
     return clip_benchmark_json(
         "zeroshot_retrieval",
         metrics,
@@ -221,7 +253,9 @@ def _result(report: RetrievalReport, cache: Cache) -> dict[str, Any]:
 def recall_bars(rows: Mapping[str, _DirectionEstimates]) -> str:
     """Draw R@10 with its 95% interval in both directions, one bar per row, as SVG; the last row is chance, in gray."""
     all_axes = open_axes(0.5 + 0.42 * len(rows), ncols=2, sharey=True)
+    # Colors repeat after seven recipes. Chance is gray, so that it is not taken for one of them.
     colors = [*islice(cycle(COLORS), len(rows) - 1), SOFT]
+
     for axes, direction in zip(all_axes, next(iter(rows.values())), strict=True):
         estimates = {name: recalls[direction]["r@10"] for name, recalls in rows.items()}
         estimate_bars(axes, estimates, height=0.55, colors=colors)
@@ -230,18 +264,23 @@ def recall_bars(rows: Mapping[str, _DirectionEstimates]) -> str:
 
 
 def _recall_curves(reports: Mapping[str, RetrievalReport]) -> str:
-    """Draw recall by k in both directions, one line per report and gray for the first one's chance level, as SVG."""
-    directions = next(iter(reports.values())).directions
-    for axes, direction in zip(open_axes(3.2, ncols=2, sharey=True), directions, strict=True):
-        for position, (name, report) in enumerate(reports.items()):
-            ks = np.arange(1, len(report.curves[direction]) + 1)
-            axes.plot(ks, report.curves[direction], color=COLORS[position % len(COLORS)], label=legend_name(name))
-        chance = next(iter(reports.values())).chance[direction]
-        chance_ks = [int(metric.removeprefix("r@")) for metric in chance]
-        axes.plot(chance_ks, [estimate.value for estimate in chance.values()], color=SOFT, label="chance")
+    """Draw recall by k in both directions as SVG: one line per report, and a gray one for the chance level."""
+    first = next(iter(reports.values()))
+    for axes, direction in zip(open_axes(3.2, ncols=2, sharey=True), first.directions, strict=True):
+        for (name, report), color in zip(reports.items(), cycle(COLORS), strict=False):
+            curve = report.curves[direction]
+            axes.plot(np.arange(1, len(curve) + 1), curve, color=color, label=legend_name(name))
+
+        # Chance is known at the reported k only.
+        chance = first.chance[direction]
+        chance_recalls = [chance[f"r@{k}"].value for k in KS]
+        axes.plot(KS, chance_recalls, color=SOFT, label="chance")
+
         axes.set_xscale("log")
         axes.set_ylim(0, 1)
         label(axes, f"k of {direction} R@k", "recall")
+
+    # The last axes have the legend of both, which are the same.
     axes.legend(frameon=False, labelcolor=INK, loc="upper left")
     return svg(axes.figure)
 
@@ -249,29 +288,40 @@ def _recall_curves(reports: Mapping[str, RetrievalReport]) -> str:
 def query_sections(
     cache: Cache, modalities: Sequence[str], get_ranking: Callable[[], Ranking]
 ) -> tuple[list[Section], list[ItemRenderer]]:
-    """Return one section per direction, with queries and their top results, texts to images first; and the renderers.
+    """Return one section of queries with their top results per direction, and the renderers of their items.
 
-    `get_ranking` returns the ranking whose queries are shown; called for a page only.
+    Captions to images come first.
+
+    Args:
+        cache: cache of the items.
+        modalities: both modalities, such as `("image", "text")`.
+        get_ranking: returns the ranking whose queries are shown; called for a page only.
     """
     renderers = [ItemRenderer(cache, modality) for modality in modalities]
-    queries_of = dict(zip(modalities, pair_nouns(modalities), strict=True))
-    there, back = directions(modalities)
 
     def show(direction: str) -> list[QueryExample]:
         ranking = get_ranking()
-        sides = (ranking.pairs.first, ranking.pairs.second)
-        first, second = (_item_view(renderer, items.rows) for renderer, items in zip(renderers, sides, strict=True))
-        return query_examples(ranking, direction, *((first, second) if direction == there else (second, first)))
-
-    sections = [
-        Section(
-            title=f"{one_noun(query).capitalize()} to {noun(result)}",
-            notes=[_EXAMPLES_NOTE.format(queries=queries_of[query])],
-            examples=partial(show, direction),
+        views = (
+            _item_view(renderers[0], ranking.pairs.first.rows),
+            _item_view(renderers[1], ranking.pairs.second.rows),
         )
-        for direction, (query, result) in ((back, modalities[::-1]), (there, modalities))
+        return query_examples(ranking, direction, *(views if ranking.is_forward(direction) else views[::-1]))
+
+    first, second = modalities
+    forward, backward = directions(modalities)
+    sections = [
+        _query_section(second, first, partial(show, backward)),
+        _query_section(first, second, partial(show, forward)),
     ]
     return sections, renderers
+
+
+def _query_section(query: str, result: str, examples: Callable[[], Sequence[QueryExample]]) -> Section:
+    return Section(
+        title=f"{one_noun(query).capitalize()} to {noun(result)}",
+        notes=[_EXAMPLES_NOTE.format(queries=pair_nouns((query, result))[0])],
+        examples=examples,
+    )
 
 
 def _item_view(renderer: ItemRenderer, rows: Ints) -> Callable[..., PageItem]:
@@ -291,16 +341,22 @@ def query_examples(
 
     `show_query` and `show_result` make the item at a position in the ranking's `pairs`.
     """
-    first, second = (ranking.first, ranking.positives[0]), (ranking.second, ranking.positives[1])
-    is_forward = ranking.is_forward(direction)
-    (queries, query_ids), (candidates, candidate_ids) = (first, second) if is_forward else (second, first)
+    sides = [(ranking.first, ranking.positives[0]), (ranking.second, ranking.positives[1])]
+    if not ranking.is_forward(direction):
+        sides.reverse()
+    (queries, query_ids), (candidates, candidate_ids) = sides
+
     examples = []
     for query in sample_outcomes(ranking.ranks[direction] == 1, _EXAMPLES_PER_OUTCOME):
+        # Few queries are shown, so their candidates are ranked one query at a time.
         order = np.argsort(-(candidates @ queries[query]), kind="stable")[:_NUM_RESULTS].tolist()
         positives = candidate_ids[query_ids == query].tolist()
-        results = [show_result(position, is_correct=position in positives) for position in order]
-        answer = show_result(positives[0], is_correct=True)
-        examples.append(
-            ranked_example(show_query(query), results, rank=int(ranking.ranks[direction][query]), answer=answer)
+
+        example = ranked_example(
+            show_query(query),
+            [show_result(position, is_correct=position in positives) for position in order],
+            rank=int(ranking.ranks[direction][query]),
+            answer=show_result(positives[0], is_correct=True),
         )
+        examples.append(example)
     return examples
