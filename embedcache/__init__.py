@@ -115,11 +115,18 @@ def _read_homes() -> dict[str, tuple[str, str]]:
     """Return public name -> (module, attribute), from the imports that type checkers read above."""
     tree = ast.parse(Path(__file__).read_text(encoding="utf-8"))
     block = next(node for node in tree.body if isinstance(node, ast.If))
-    imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
-    return {name.asname or name.name: (node.module or "", name.name) for node in imports for name in node.names}
+
+    # One list of names serves type checkers and the imports on first use.
+    homes: dict[str, tuple[str, str]] = {}
+    for node in block.body:
+        if isinstance(node, ast.ImportFrom):
+            [name] = node.names
+            homes[name.asname or name.name] = (node.module or "", name.name)
+    return homes
 
 
-if not TYPE_CHECKING:  # a type checker that saw this would accept any name
+# A type checker that saw `__getattr__` would accept any name.
+if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> Any:
         if name == "__version__":
@@ -129,8 +136,10 @@ if not TYPE_CHECKING:  # a type checker that saw this would accept any name
         if name == "__all__":
             return public
         if name not in homes:
-            known = [each for each in public if name.lower() in each.lower()] or public
-            raise AttributeError(f"module 'embedcache' has no attribute {name!r}; it has {', '.join(known)}")
+            similar_names = [other for other in public if name.lower() in other.lower()]
+            listed = ", ".join(similar_names or public)
+            raise AttributeError(f"module 'embedcache' has no attribute {name!r}; it has {listed}")
+
         module, attribute = homes[name]
         return getattr(import_module(module), attribute)
 

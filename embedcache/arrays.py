@@ -34,11 +34,16 @@ Bools: TypeAlias = npt.NDArray[np.bool_]
 
 
 Products: TypeAlias = Callable[[Floats, Floats], Floats]
-"""Computes the (Q, C) dot products of (Q, P) rows with (C, P) rows."""
+"""Function that computes the (Q, C) dot products of (Q, P) rows with (C, P) rows."""
 
 
 def dot_products(left_QP: Floats, right_CP: Floats) -> Floats:
-    """Compute the dot product of each left row with each right row: (Q, C)."""
+    """Compute the dot product of each left row with each right row: (Q, C).
+
+    Example:
+        >>> dot_products(np.eye(2, dtype=np.float32), np.array([[3, 4]], np.float32)).tolist()
+        [[3.0], [4.0]]
+    """
     products_QC: Floats = left_QP @ right_CP.T
     return products_QC
 
@@ -48,7 +53,7 @@ class Inputs(NamedTuple):
 
     Args:
         values: (B, D), or (B, T, D) padded with zeros.
-        lengths: (B,) number of tokens of each item; None: one vector, or T tokens each.
+        lengths: (B,) number of tokens of each item. If None, each item has one vector, or T tokens.
     """
 
     values: Array
@@ -60,9 +65,16 @@ class Inputs(NamedTuple):
 
 
 def normalize(vectors_ND: Array) -> Floats:
-    """Scale each row, or one vector, to length 1: (..., D) any float -> (..., D) float32. A zero row stays zero."""
+    """Scale each row, or one vector, to length 1: (..., D) any float -> (..., D) float32. A zero row stays zero.
+
+    Example:
+        >>> normalize(np.array([[3.0, 4.0], [0.0, 0.0]])).round(1).tolist()
+        [[0.6000000238418579, 0.800000011920929], [0.0, 0.0]]
+    """
     vectors_ND = np.asarray(vectors_ND, np.float32)
     length_N1 = np.linalg.norm(vectors_ND, axis=-1, keepdims=True)
+
+    # The smallest normal number in place of 0 keeps zero rows zero.
     unit_ND: Floats = vectors_ND / np.maximum(length_N1, np.finfo(np.float32).tiny)
     return unit_ND
 
@@ -70,7 +82,7 @@ def normalize(vectors_ND: Array) -> Floats:
 def distinct(values_N: Array) -> Array:
     """Return the distinct values, none of them NaN, ascending: (F,).
 
-    `np.unique` takes 70 times as long for integers: NumPy 2.3 and later put them in a hash table.
+    It is 70 times as fast as `np.unique` for integers, which NumPy 2.3 and later put in a hash table.
 
     Example:
         >>> distinct(np.array([7, 3, 7, 5])).tolist()
@@ -89,16 +101,18 @@ def number_values(values_N: Ints) -> Ints:
         >>> number_values(np.array([7, 3, 7, 5])).tolist()
         [0, 1, 0, 2]
     """
-    _, first_F, which_N = np.unique(values_N, return_index=True, return_inverse=True)
+    _, first_F, place_N = np.unique(values_N, return_index=True, return_inverse=True)
+
+    # `np.unique` numbers values in ascending order.
     number_F = np.empty(len(first_F), np.int64)
     number_F[np.argsort(first_F)] = np.arange(len(first_F))
-    return number_F[which_N]
+    return number_F[place_N]
 
 
 def mean_directions(vectors_ND: Floats, groups_N: Ints, num_groups: int) -> Floats:
     """Compute the mean of each group of rows, scaled to length 1: (G, D) float32.
 
-    For rows of length 1 this is prompt ensembling: normalize, mean, normalize. Sums are in float64; an empty group
+    For rows of length 1 this is prompt ensembling: normalize, mean, normalize. Sums are in float64. An empty group
     stays zero.
 
     Args:
@@ -116,14 +130,20 @@ def mean_directions(vectors_ND: Floats, groups_N: Ints, num_groups: int) -> Floa
 
 
 def to_numbers(values: Any, name: str) -> Array:
-    """Return numbers as an array, given a number, a sequence, an array, or a tensor on any device, also bfloat16.
+    """Return a number, a sequence, an array or a tensor on any device as an array.
 
     Raises:
-        DataError: they are no numbers, or sequences of different lengths.
+        DataError: the values are not numbers, or they are sequences of different lengths.
+
+    Example:
+        >>> to_numbers([[1, 2], [3, 4]], "rows").shape
+        (2, 2)
     """
-    if hasattr(values, "detach"):  # a tensor, which may require gradients
+    # A tensor may require gradients, and NumPy does not have bfloat16.
+    if hasattr(values, "detach"):
         values = values.detach().cpu()
-        values = values.float() if str(values.dtype) == "torch.bfloat16" else values  # which NumPy does not have
+        values = values.float() if str(values.dtype) == "torch.bfloat16" else values
+
     try:
         array = np.asarray(list(values) if isinstance(values, Iterator) else values)
     except (TypeError, ValueError) as error:
@@ -138,7 +158,11 @@ def to_numbers(values: Any, name: str) -> Array:
 
 
 def read_npy(path: Path) -> Array:
-    """Read the numbers of a `.npy` file as they are stored; `CorruptError` if it is no such file, or not of numbers."""
+    """Read the numbers of a `.npy` file as they are stored.
+
+    Raises:
+        CorruptError: it is not a `.npy` file, or does not contain numbers.
+    """
     try:
         values = np.load(path, allow_pickle=False)
     except (ValueError, EOFError, OSError, TypeError) as error:
@@ -152,8 +176,8 @@ def read_npy(path: Path) -> Array:
 def read_npz(file: BinaryIO, name: str | None = None, *, max_bytes: int) -> dict[str, Array]:
     """Read the arrays of an `.npz` file, by their names.
 
-    No more than `max_bytes` are decoded, whatever the compressed data holds: stored and deflated arrays are decoded
-    piece by piece and end at their size in the directory of the file.
+    No more than `max_bytes` are decoded. Stored and deflated arrays are decoded piece by piece, and end at the size
+    that the directory of the file states, so a small file cannot fill the memory.
 
     Args:
         file: file that can be read at any position.
@@ -166,11 +190,15 @@ def read_npz(file: BinaryIO, name: str | None = None, *, max_bytes: int) -> dict
         ValueError, zipfile.BadZipFile, zlib.error: the file is damaged, or has objects, which are pickled.
     """
     with zipfile.ZipFile(file) as archive:
-        members = {entry.filename[:-4]: entry for entry in archive.infolist() if entry.filename.endswith(".npy")}
+        members = {}
+        for entry in archive.infolist():
+            if entry.filename.endswith(".npy"):
+                members[entry.filename.removesuffix(".npy")] = entry
         if name is not None and name not in members:
             raise unknown_name("array", name, members)
         chosen = members if name is None else {name: members[name]}
 
+        # Sizes are checked before anything is decoded.
         num_bytes = sum(entry.file_size for entry in chosen.values())
         if num_bytes > max_bytes:
             raise ItemError(f"too large: {num_bytes:,} bytes uncompressed, more than {max_bytes:,}")
@@ -185,24 +213,44 @@ def read_npz(file: BinaryIO, name: str | None = None, *, max_bytes: int) -> dict
 
 
 def to_rows(rows: Any) -> Ints:
-    """Return row numbers, given one or several: (M,) int64; DataError if they are no integers, or of other shape."""
+    """Return one or several row numbers as an array: (M,) int64.
+
+    Raises:
+        DataError: they are not integers, or have more than one dimension.
+
+    Example:
+        >>> to_rows(7).tolist(), to_rows([3, 1]).tolist()
+        ([7], [3, 1])
+    """
     numbers = np.atleast_1d(to_numbers(rows, "rows"))
     if numbers.dtype.kind not in "iu" and numbers.size:
-        others = (each for each in numbers.ravel().tolist() if isinstance(each, bool) or not each.is_integer())
-        other = next(others, numbers.ravel()[0])
-        raise DataError(f"rows: expected integers, got {other}; rows are counted from 0")
+        flat = numbers.ravel()
+
+        # The message shows the first number that is not whole, or else the first one.
+        is_whole = np.zeros(len(flat), bool)
+        if flat.dtype.kind == "f":
+            is_whole = np.isfinite(flat) & (flat == np.floor(flat))
+        raise DataError(f"rows: expected integers, got {flat[is_whole.argmin()]}; rows are counted from 0")
     if numbers.ndim > 1:
         raise DataError(f"rows: expected one or several numbers, got an array of shape {numbers.shape}")
     return numbers.astype(np.int64, copy=False)
 
 
 def fit_integers(values: Array, dtype: str) -> Bools:
-    """Return which values are whole numbers that an integer dtype holds: bool, in the same shape; NaN is none."""
+    """Return whether each value is a whole number in the range of an integer dtype: bool, in the same shape.
+
+    Example:
+        >>> fit_integers(np.array([1.0, 0.5, np.nan, 300.0]), "uint8").tolist()
+        [True, False, False, False]
+    """
     limits = np.iinfo(dtype)
-    if values.dtype.kind == "f":
-        values = values.astype(np.float64)  # float32 has no number between 2**31 - 128 and 2**31: the limit is rounded
+    is_float = values.dtype.kind == "f"
+
+    # float32 has no number between 2**31 - 128 and 2**31, so a limit would be rounded.
+    if is_float:
+        values = values.astype(np.float64)
     is_in_range: Bools = (values >= limits.min) & (values < limits.max + 1)
-    return is_in_range & (values == np.floor(values)) if values.dtype.kind == "f" else is_in_range
+    return is_in_range & (values == np.floor(values)) if is_float else is_in_range
 
 
 def check_finite(values: Array, name: str, *, rows: Ints | None = None) -> None:
@@ -211,44 +259,58 @@ def check_finite(values: Array, name: str, *, rows: Ints | None = None) -> None:
     Args:
         values: the array.
         name: name of the array, for the message.
-        rows: row numbers for the message; None counts from 0.
+        rows: row numbers for the message. If None, rows are counted from 0.
 
     Raises:
-        DataError: names the array, the number of bad rows and the first of them.
+        DataError: a row has NaN or infinity. It names the array, the number of such rows and the first of them.
     """
-    bad = np.atleast_1d(~np.isfinite(values).all(axis=tuple(range(1, values.ndim))))
-    if bad.any():
-        first = int(np.flatnonzero(bad)[0] if rows is None else rows[bad][0])
-        raise DataError(f"{name} holds NaN or infinity in {int(bad.sum())} of {len(bad)} rows, first row {first}")
+    is_bad = np.atleast_1d(~np.isfinite(values).all(axis=tuple(range(1, values.ndim))))
+    if is_bad.any():
+        first = int(np.flatnonzero(is_bad)[0] if rows is None else rows[is_bad][0])
+        raise DataError(f"{name} holds NaN or infinity in {int(is_bad.sum())} of {len(is_bad)} rows, first row {first}")
 
 
 _LAST_NUMBER = 2**32 - 1
 
 
 def to_sort_keys(scores: Array, numbers: Array) -> Ints:
-    """Encode scores and numbers as int64 that sort by score, and of equal scores by descending number.
+    """Encode scores and numbers as int64 that sort by score. Equal scores sort by descending number.
 
-    So the largest keys are those of the highest scores and, of equal ones, of the lowest numbers. The bits of a float,
-    read as an integer, keep its order; those of negative floats are inverted.
+    So the largest keys have the highest scores and, among equal scores, the lowest numbers.
 
     Args:
-        scores: float32 of any shape; -0.0 counts as 0.0.
+        scores: float32 of any shape. -0.0 counts as 0.0.
         numbers: integers from 0 to 2^32 - 1, of the same shape.
+
+    Example:
+        >>> keys = to_sort_keys(np.float32([0.5, 0.9, 0.9]), np.array([0, 1, 2]))
+        >>> np.argsort(-keys).tolist()
+        [1, 2, 0]
     """
     assert not len(numbers) or numbers.max() <= _LAST_NUMBER
-    bits = np.add(scores, 0, dtype=np.float32).view(np.int32)  # + 0: of -0.0 makes 0.0
+
+    # Adding 0 turns -0.0 into 0.0.
+    bits = np.add(scores, 0, dtype=np.float32).view(np.int32)
+
+    # The bits of a positive float, read as an integer, keep its order.
     keys: Ints = (_invert_negative(bits).astype(np.int64) << 32) | (_LAST_NUMBER - numbers)
     return keys
 
 
 def from_sort_keys(keys: Ints) -> tuple[Floats, Ints]:
-    """Decode scores, float32, and numbers, int64, from sort keys."""
+    """Decode scores, float32, and numbers, int64, from sort keys.
+
+    Example:
+        >>> scores, numbers = from_sort_keys(to_sort_keys(np.float32([-0.5]), np.array([7])))
+        >>> scores.tolist(), numbers.tolist()
+        ([-0.5], [7])
+    """
     bits = _invert_negative((keys >> 32).astype(np.int32))
     return bits.view(np.float32), _LAST_NUMBER - (keys & _LAST_NUMBER)
 
 
 def _invert_negative(bits: Array) -> Array:
-    """Invert the bits of negative int32 numbers, but for their sign."""
+    """Invert the bits of negative int32 numbers except for the sign. This orders the bits of negative floats."""
     inverted: Array = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     return inverted
 
@@ -258,22 +320,27 @@ def concatenated_ranges(starts: Ints, counts: Ints) -> tuple[Ints, Ints]:
 
     Args:
         starts: (R,) first number of each range.
-        counts: (R,) how many numbers each has.
+        counts: (R,) length of each range.
 
     Returns:
-        (M,) int64 position of the range that each number is of, and (M,) int64 numbers.
+        (M,) int64 position of the range of each number, and (M,) int64 numbers.
 
     Example:
-        >>> which, numbers = concatenated_ranges(np.array([7, 2]), np.array([2, 1]))
-        >>> which.tolist(), numbers.tolist()
+        >>> places, numbers = concatenated_ranges(np.array([7, 2]), np.array([2, 1]))
+        >>> places.tolist(), numbers.tolist()
         ([0, 0, 1], [7, 8, 2])
     """
-    which = np.repeat(np.arange(len(starts)), counts)
-    before = np.cumsum(counts) - counts
-    return which, starts[which] + np.arange(len(which)) - before[which]
+    place_M = np.repeat(np.arange(len(starts)), counts)
+    offset_R = np.cumsum(counts) - counts
+    return place_M, starts[place_M] + np.arange(len(place_M)) - offset_R[place_M]
 
 
 def blocks(num_rows: int, size: int) -> Iterator[slice]:
-    """Iterate over consecutive slices of `size` of `num_rows` rows; the last may be shorter."""
+    """Iterate over consecutive slices of `size` of `num_rows` rows. The last may be shorter.
+
+    Example:
+        >>> list(blocks(5, 3))
+        [slice(0, 3, None), slice(3, 5, None)]
+    """
     for start in range(0, num_rows, size):
         yield slice(start, min(start + size, num_rows))

@@ -29,7 +29,15 @@ V = TypeVar("V")
 
 
 class EmbedcacheError(Exception):
-    """An error that a user can cause; the command line prints its text and exits with 1."""
+    """An error that a user can cause. The command line prints its message and exits with 1.
+
+    Example:
+        >>> try:
+        ...     raise SettingError("epochs: expected a number of at least 1, got 0")
+        ... except EmbedcacheError as error:
+        ...     print(type(error).__name__, "-", error)
+        SettingError - epochs: expected a number of at least 1, got 0
+    """
 
 
 class UnknownNameError(EmbedcacheError, LookupError):
@@ -63,9 +71,9 @@ class SourceError(EmbedcacheError, ValueError):
 
 
 class ItemError(EmbedcacheError, ValueError):
-    """A raw item that cannot be read. Its text is the reason stored with the row.
+    """A raw item that cannot be read. Its message is the reason stored with the row.
 
-    Failures are counted by what is before the first colon: the kind, without paths and numbers.
+    Failures are counted by their kind, the part before the first colon. It has no paths or numbers.
     """
 
 
@@ -93,27 +101,43 @@ _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\
 
 
 def visible(text: str) -> str:
-    """Return a text for a terminal: control characters, which can change its state, become escapes such as `\\x1b`.
+    r"""Return a text for a terminal, with control characters as escapes.
 
-    Line breaks and tabs stay. Captions and names of files may hold any character.
+    Captions and names of files may contain any character, and a control character can change the state of a terminal.
+    Line breaks and tabs stay.
+
+    Example:
+        >>> print(visible("a \x1b[31mred box"))
+        a \x1b[31mred box
     """
-    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode(), text)
+    return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode(), text)
 
 
 def one_line(error: BaseException, max_length: int = 200) -> str:
-    """Return an error's message on one line, to quote it in another message; without a message, the error's class."""
+    r"""Return an error's message on one line, to quote it in another message. Without a message, return its class.
+
+    Example:
+        >>> one_line(ValueError("not a number\n  in row 3"))
+        'not a number in row 3'
+    """
     return (" ".join(str(error).split()) or type(error).__name__)[:max_length]
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that a machine or a device has too little memory; torch raises a RuntimeError."""
+    """Return whether an error says that a machine or a device has too little memory."""
+    # torch raises a RuntimeError: a subclass for GPUs, and a message for the CPU.
     if isinstance(error, RuntimeError):
         return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
     return isinstance(error, MemoryError)
 
 
 def first_few(values: Sequence[V], num_shown: int = 3, *, show: Callable[[V], str] = str, separator: str = ", ") -> str:
-    """List the first values in a message and count the others: `a, b, c and 4 more`."""
+    """List the first values in a message and count the others.
+
+    Example:
+        >>> first_few(["a", "b", "c", "d", "e"])
+        'a, b, c and 2 more'
+    """
     more = f" and {len(values) - num_shown:,} more" if len(values) > num_shown else ""
     return separator.join(map(show, values[:num_shown])) + more
 
@@ -124,12 +148,12 @@ def quoted(path: str | os.PathLike[str]) -> str:
 
 
 def pluralize(number: int, one: str, many: str | None = None) -> str:
-    """Return a number and its noun, or what follows the number.
+    """Return a number followed by its noun or phrase.
 
     Args:
-        number: how many.
-        one: what follows 1.
-        many: what follows any other number; None: `one` with an `s`.
+        number: the number.
+        one: noun or phrase after 1.
+        many: noun or phrase after any other number. If None, `one` with an `s`.
 
     Example:
         >>> pluralize(1, "sample has", "samples have"), pluralize(2000, "sample")
@@ -139,7 +163,7 @@ def pluralize(number: int, one: str, many: str | None = None) -> str:
 
 
 def summary(report: Any) -> str:
-    """Return the lines of a report, of its method `lines` or else `line`; the `__repr__` of each of them.
+    """Return the lines of a report, from its method `lines` or else `line`. It is the `__repr__` of all reports.
 
     Example:
         >>> class Report:
@@ -153,7 +177,8 @@ def summary(report: Any) -> str:
 
 
 def show_faults() -> None:
-    """Print a traceback if a fault ends this process, such as SIGBUS where a disk fails below a mapped chunk."""
+    """Print a traceback if a fault ends this process, such as SIGBUS if a disk fails below a mapped chunk."""
+    # Standard error may not be a file, as in some notebooks.
     if sys.stderr is not None and not faulthandler.is_enabled():
-        with suppress(OSError):  # standard error is no file
+        with suppress(OSError):
             faulthandler.enable()

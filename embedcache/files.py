@@ -49,7 +49,7 @@ _SERVICES = frozenset(
     | {"huggingface_hub", "httpx", "httpx2", "httpcore", "httpcore2"}
 )
 _UNCLASSIFIED = (ValueError, NotImplementedError)
-"""What file systems also raise: of a URL that they cannot parse, an unexpected answer, a server that takes no files."""
+"""Other errors of file systems, for a URL that they cannot parse, an unexpected answer or a read-only server."""
 _HUB_REASONS = {
     "GatedRepoError": "its access is restricted: accept its terms on its page, and run: hf auth login",
     "RepositoryNotFoundError": "no such repository, or a private one: check the name, or run: hf auth login",
@@ -57,13 +57,13 @@ _HUB_REASONS = {
     "EntryNotFoundError": "no such file",
     "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set",
 }
-"""Class of the Hub's library, the more special ones first -> reason; their own texts are paragraphs."""
+"""Class of the Hub's library, the more special ones first -> reason. Their messages are paragraphs."""
 _LONGEST_REASON = 300
 _ARROW_REASON = re.compile(r".* Detail: \[errno \d+\] ", re.DOTALL)
-"""What Arrow writes in front of the reason of the operating system: what it was about to do, with the file."""
+"""Prefix that Arrow adds to the reason of the operating system. It says which step failed on which file."""
 
 _FORMATS = frozenset({"pyarrow", "safetensors_rust", "tarfile", "zipfile", "zlib"})
-"""Libraries that raise errors of their own for the content of a damaged file."""
+"""Libraries that define separate errors for the content of a damaged file."""
 
 _OF_THE_PROCESS = (errno.EMFILE, errno.ENFILE)  # too many open files
 _NOT_FOUND = 404
@@ -76,11 +76,11 @@ LOCK = ".lock"
 """File in a folder on which its locks are taken."""
 
 SKIP_LOCKS = "EMBEDCACHE_SKIP_LOCKS"
-"""Environment variable: with 1, a file system without record locks is used without: one process per folder or shard."""
+"""Environment variable. With 1, a file system without record locks is used, and only one process may write."""
 
 _LEASES = ".claims"
 """File in a folder on which its leases are taken: piece n is byte n."""
-_WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of NFS; of Lustre without the option flock
+_WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # NFS; Lustre without the option flock
 _IN_THIS_PROCESS: dict[tuple[str, int], threading.Lock] = defaultdict(threading.Lock)
 
 
@@ -93,36 +93,50 @@ def one_or_many(paths: AnyPath | Iterable[AnyPath]) -> list[AnyPath]:
 def open_path(location: AnyPath) -> Path:
     """Return a path for a local path or URL.
 
-    A URL becomes a `UPath` of universal-pathlib, which has the methods of `Path` and reads and writes through fsspec;
-    `file:///folder` is the local path `/folder`, so that both are known to be one.
-    Credentials, regions and endpoints come from the environment, as for the service's own tools. PathError if fsspec
-    does not know the protocol or the server does not answer, or if `::`, with which fsspec chains URLs, is in it.
+    A URL becomes a `UPath` of universal-pathlib, which has the methods of `Path` and reads and writes through fsspec.
+    `file:///folder` becomes the local path `/folder`, so that both are known to be one folder. Credentials, regions and
+    endpoints come from the environment, as for the service's own tools.
+
+    Raises:
+        PathError: fsspec does not know the protocol, the server does not answer, or the location is a chain of URLs
+            joined by `::`.
     """
     if isinstance(location, os.PathLike):
         location = os.fspath(location)
     if not is_url(str(location)):
         return Path(location)
+
     location = str(location)
     if "::" in location:
         raise PathError(f"expected one URL, got several chained by a double colon: {location}; name the file itself")
     if location.startswith("file:///"):
         return Path(location.removeprefix("file://"))
+
     upath = require("upath", extra="remote")
     try:
-        # Other processes write there too. With concurrent parts, s3fs would ask for the size of each file it reads.
+        # With concurrent parts, s3fs would ask for the size of each file that it reads.
         options = {"max_concurrency": 1} if location.startswith(("s3:", "s3a:")) else {}
+
+        # Listings are not cached, as other processes write there too.
         path = upath.UPath(location, use_listings_cache=False, **options)
-        path.fs  # noqa: B018  # imports the file system of the protocol
-        path / "file"  # those of `data://` have no files
+
+        # Some file systems are imported or connect only when they are used. `data://` has no files.
+        path.fs  # noqa: B018
+        path / "file"
     except (OSError, ImportError, ValueError, TypeError, LookupError, AttributeError, NotImplementedError) as error:
-        # some file systems connect at once
         raise PathError(f"cannot open {location}: {io_reason(error)}; check the protocol and the address") from None
     return cast(Path, path)
 
 
 def is_url(location: str) -> bool:
-    """Return whether a text is a URL, or one of fsspec's chains such as `simplecache::https://host/file`."""
-    return "://" in location and _URL.match(location) is not None  # it is asked of each row of a table
+    """Return whether a string is a URL, or one of fsspec's chains such as `simplecache::https://host/file`.
+
+    Example:
+        >>> is_url("s3://bucket/photos"), is_url("photos/one.png")
+        (True, False)
+    """
+    # The cheap test comes first, as every row of a table is asked.
+    return "://" in location and _URL.match(location) is not None
 
 
 def is_remote(path: Path) -> bool:
@@ -131,25 +145,27 @@ def is_remote(path: Path) -> bool:
 
 
 def relative_location(path: Path, folder: Path) -> str:
-    """Return a path relative to a folder, so that both can move together; a URL stays as it is."""
+    """Return a path relative to a folder, so that both can move together. A URL stays as it is."""
     return str(path) if is_remote(path) else os.path.relpath(path.resolve(), folder.resolve())
 
 
 def find_named(name: str, folder: Path, option: str) -> AnyPath:
-    """Return the path or URL of an artifact that the one in a folder names; see `relative_location`.
+    """Return the path or URL of an artifact that another artifact names; see `relative_location`.
 
     Args:
         name: path relative to the folder, or a URL.
         folder: folder of the artifact that names it.
-        option: what names it on the command line, for errors.
+        option: its option on the command line, for errors.
 
     Raises:
-        PathError: it does not exist; or it is a URL, which a stranger may have chosen, and files are not trusted.
+        PathError: it does not exist, or it is a URL and files are not trusted.
     """
+    # A stranger who wrote the artifact may have chosen the URL.
     if is_url(name) and has_trust():
         return name
     if is_url(name):
         raise PathError(f"{option} {name}, which {folder} names, is a URL: give --{option}, or --trust to open it")
+
     path = folder / name
     if not any((path / manifest).is_file() for manifest in MANIFESTS):
         raise PathError(f"{option} {path}, which {folder} names, does not exist; if it has moved, give --{option}")
@@ -157,22 +173,25 @@ def find_named(name: str, folder: Path, option: str) -> AnyPath:
 
 
 def check_regular(path: Path) -> None:
-    """Check that a file is no pipe, device or socket, also behind a link: reading one may never end.
+    """Check that a path does not lead to a pipe, device or socket, as reading one may never end. Links are followed.
 
     Raises:
-        OSError: it is one, or there is no such file.
+        OSError: it leads to one, or there is no such file.
     """
-    if not is_remote(path):
-        mode = path.stat().st_mode
-        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # opening a folder is an error in any case
-            raise OSError(errno.EINVAL, "expected a regular file, got a pipe or a device", str(path))
+    if is_remote(path):
+        return
+    mode = path.stat().st_mode
+
+    # Opening a folder is an error in any case.
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise OSError(errno.EINVAL, "expected a regular file, got a pipe or a device", str(path))
 
 
 def read_file(path: Path) -> bytes:
-    """Read a whole file; behind a URL with one request, where `Path.read_bytes` asks for the size first.
+    """Read a whole file. Behind a URL this is one request, while `Path.read_bytes` asks for the size first.
 
     A file that does not exist raises `FileNotFoundError` after that request, without a listing. Pipes and devices are
-    not read: see `check_regular`.
+    rejected by `check_regular`.
     """
     if is_remote(path):
         return bytes(path.fs.cat_file(path.path))  # type: ignore[attr-defined]
@@ -181,30 +200,35 @@ def read_file(path: Path) -> bytes:
 
 
 def read_limited(path: Path) -> bytes:
-    """Read a file that people or embedcache write, such as JSON or TOML; PathError if it is above 256 MiB."""
+    """Read a file that people or embedcache write, such as JSON or TOML. PathError if it is above 256 MiB."""
     if is_remote(path):
         data = read_file(path)
     else:
         check_regular(path)
         with path.open("rb") as file:
             data = file.read(_MAX_TEXT_BYTES + 1)
+
     if len(data) > _MAX_TEXT_BYTES:
         raise PathError(f"{path}: expected a file of at most {_MAX_TEXT_BYTES:,} bytes, got more")
     return data
 
 
 def read_text(path: Path, error_class: type[EmbedcacheError] = PathError) -> str:
-    """Read a text file that a user wrote; the errors are those of `read_limited` and `decode_text`."""
+    """Read a text file that a user wrote. It raises the errors of `read_limited` and `decode_text`."""
     return decode_text(read_limited(path), path, error_class)
 
 
 def decode_text(content: bytes, name: Path | str, error_class: type[EmbedcacheError] = PathError) -> str:
-    """Decode the content of a text file that a user wrote: UTF-8, without its byte order mark, if it has one.
+    """Decode the content of a text file that a user wrote in UTF-8. A byte order mark is removed.
 
     Args:
         content: the whole file.
         name: name of the file, for the message.
         error_class: class of the error that is raised if the content is not UTF-8.
+
+    Example:
+        >>> decode_text(b"\\xef\\xbb\\xbfred box", "prompts.txt")
+        'red box'
     """
     try:
         return content.decode(TEXT_ENCODING)
@@ -214,16 +238,26 @@ def decode_text(content: bytes, name: Path | str, error_class: type[EmbedcacheEr
 
 
 def split_lines(text: str) -> list[str]:
-    """Split a text at line feeds and carriage returns only; U+2028 and other separators may stand in a caption."""
+    r"""Split a text at line feeds and carriage returns only. U+2028 and other separators may stand in a caption.
+
+    Example:
+        >>> split_lines("a red box\r\na boat\u2028at sea")
+        ['a red box', 'a boat\u2028at sea']
+    """
     return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
 
 def write_atomic(path: Path, data: bytes | Iterable[bytes]) -> None:
-    """Write a file so that a crash leaves either the old or the new file; a full disk leaves no partial file.
+    """Write a file so that a crash leaves either the old or the new file. A full disk leaves no partial file.
 
     Args:
         path: the file.
         data: its content, or blocks of it that are written one after the other. Memory: one block.
+
+    Example:
+        >>> write_atomic(Path("notes.txt"), b"a red box")
+        >>> Path("notes.txt").read_text()
+        'a red box'
     """
     with replacing(path) as temporary, temporary.open("wb") as file:
         file.writelines([data] if isinstance(data, bytes) else data)
@@ -238,6 +272,8 @@ def replacing(path: Path) -> Iterator[Path]:
             yield temporary
             put_file(temporary, path)
         return
+
+    # A sibling of the file is on the same disk, so that renaming it is one step.
     make_folder(path.parent)
     temporary = partial_path(path)
     try:
@@ -252,13 +288,15 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def building(folder: Path) -> Iterator[Path]:
-    """Create a temporary folder that becomes `folder` after the block; after an error, nothing is left.
+    """Create a temporary folder that becomes `folder` after the block. After an error, nothing is left.
 
-    PathError if `folder` is a file or not empty, also if another process has written it meanwhile; it stays as it is.
+    Raises:
+        PathError: `folder` is a file or not empty, perhaps as another process wrote it meanwhile. It stays as it is.
     """
     if _is_taken(folder):
-        found = "a file" if folder.is_file() else "one that is not empty"
-        raise PathError(f"{folder}: expected a new or empty folder, got {found}; name another one")
+        kind = "a file" if folder.is_file() else "one that is not empty"
+        raise PathError(f"{folder}: expected a new or empty folder, got {kind}; name another one")
+
     make_folder(folder.parent)
     remove_leftovers(folder)
     scratch = partial_path(folder)
@@ -267,15 +305,19 @@ def building(folder: Path) -> Iterator[Path]:
         with writing(folder):
             temporary.mkdir(parents=True)
             yield temporary
+
+            # The content is on disk before its name is, or a crash could leave a folder of empty files.
             for path in (*temporary.rglob("*"), temporary):
                 _share(path)
                 flush(path)
+
+            # The system rejects the renaming if the folder is taken after this check.
             if _is_taken(folder):
                 raise PathError(
                     f"{folder}: expected a new folder, but another process wrote it meanwhile; run the same command "
                     "again, or give the path of a new folder"
                 )
-            temporary.rename(folder)  # refused by the system if it is taken now
+            temporary.rename(folder)
             flush(folder.parent)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -286,18 +328,20 @@ def _is_taken(folder: Path) -> bool:
 
 
 def _share(path: Path) -> None:
-    """Set the mode of a file to that of new ones: safetensors creates files that only their owner can read."""
+    """Set the mode of a file to the mode of new files. safetensors creates files that only their owner can read."""
     if path.is_file():
         path.chmod(0o666 & ~_UMASK)
 
 
 def put_file(file: Path, path: Path) -> None:
-    """Move a local file to `path`, flushed; behind a URL the object appears at once."""
+    """Move a local file to `path`, flushed. Behind a URL the whole object appears in one step."""
     if is_remote(path):
         with writing(path):
             make_folder(path.parent)
             path.fs.put_file(str(file), path.path)  # type: ignore[attr-defined]
         return
+
+    # The bytes are on disk before the name is, or a crash could leave an empty file.
     flush(file)
     make_folder(path.parent)
     file.replace(path)
@@ -305,51 +349,59 @@ def put_file(file: Path, path: Path) -> None:
 
 
 def find_files(folder: Path, pattern: str) -> Iterator[Path]:
-    """Iterate over the files below a folder that match a pattern such as `*/zarr.json`; none if there is no folder.
+    """Iterate over the files below a folder that match a pattern such as `*/zarr.json`. There may be no such folder.
 
-    Folders that are being deleted, see `remove_folder`, are left out.
-
-    Behind a URL, `Path.glob` would read a bracket, `?` or `*` in the URL as part of the pattern. It takes a folder that
-    must not be read for an empty one.
+    Folders that `remove_folder` is deleting are left out.
     """
     if not is_remote(folder):
+        # `Path.glob` treats a folder without read permission as empty, so it is opened once to raise PermissionError.
         if folder.is_dir():
-            os.scandir(folder).close()  # raises PermissionError
+            os.scandir(folder).close()
         for path in folder.glob(pattern):
             if not any(map(_PARTIAL.fullmatch, path.relative_to(folder).parts)):
                 yield path
         return
-    parts = pattern.split("/")
-    while "*" not in parts[0]:
-        folder = folder / parts.pop(0)
-    for name in folder.fs.find(folder.path, maxdepth=len(parts)):  # type: ignore[attr-defined]
-        found = name.removeprefix(folder.path).removeprefix("/").split("/")  # type: ignore[attr-defined]
-        if len(found) == len(parts) and all(map(fnmatchcase, found, parts)):
-            yield folder.joinpath(*found)
+
+    # Behind a URL, `Path.glob` would read a bracket, `?` or `*` in the URL as part of the pattern.
+    patterns = pattern.split("/")
+    while "*" not in patterns[0]:
+        folder = folder / patterns.pop(0)
+    for name in folder.fs.find(folder.path, maxdepth=len(patterns)):  # type: ignore[attr-defined]
+        parts = name.removeprefix(folder.path).removeprefix("/").split("/")  # type: ignore[attr-defined]
+        if len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns)):
+            yield folder.joinpath(*parts)
 
 
 def expand_home(path: str | Path) -> Path:
-    """Return a path with a `~` or `~name` at its start replaced by that home; the path itself if there is none."""
-    return Path(os.path.expanduser(path))  # noqa: PTH111 - that of `Path` raises a RuntimeError
+    """Return a path with a `~` or `~name` at its start replaced by that home. It stays as it is if there is none."""
+    # `Path.expanduser` raises a RuntimeError for a user without a home.
+    return Path(os.path.expanduser(path))  # noqa: PTH111
 
 
 def user_folder() -> Path:
-    """Return the folder of what is kept for a user: `EMBEDCACHE_HOME`, or `embedcache` in the user's cache folder."""
+    """Return the folder for a user's files: `EMBEDCACHE_HOME`, or `embedcache` in the user's cache folder."""
     home = os.environ.get("EMBEDCACHE_HOME")
     path = Path(home) if home else Path(os.environ.get("XDG_CACHE_HOME") or expand_home("~/.cache")) / "embedcache"
+
+    # A user without a home keeps the `~`, which would become a folder of that name here.
     if path.parts[0] == "~":
         raise PathError("this user has no home folder; set EMBEDCACHE_HOME to a folder for exported ONNX graphs")
     return path
 
 
 def folder_bytes(folder: Path) -> int:
-    """Return the size of all files below a folder; 0 if there is none."""
+    """Return the size of all files below a folder. It is 0 if there is no folder."""
     if is_remote(folder):
         system: Any = folder.fs  # type: ignore[attr-defined]
         sizes: list[int | None] = system.sizes(system.find(folder.path))  # type: ignore[attr-defined]
-        return sum(size for size in sizes if size)
-    paths = (os.path.join(place, name) for place, _, names in os.walk(folder) for name in names)  # noqa: PTH118
-    return sum(os.stat(path).st_size for path in paths)  # noqa: PTH116  # of tens of thousands of chunks
+        return sum(filter(None, sizes))
+
+    # No `Path` per file, as a feature may have tens of thousands of chunks.
+    num_bytes = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            num_bytes += os.stat(os.path.join(parent, name)).st_size  # noqa: PTH116, PTH118
+    return num_bytes
 
 
 def partial_path(path: Path) -> Path:
@@ -367,10 +419,10 @@ def remove_partials(folder: Path) -> None:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove what killed processes of this machine left beside `path` when they wrote it; living ones keep theirs."""
+    """Remove partial files of `path` that dead processes of this machine left next to it."""
     if not is_remote(path):
-        for left in path.parent.glob(f".{path.name}.*.partial"):
-            _remove_if_abandoned(left)
+        for partial in path.parent.glob(f".{path.name}.*.partial"):
+            _remove_if_abandoned(partial)
 
 
 def _remove_if_abandoned(path: Path) -> None:
@@ -378,17 +430,19 @@ def _remove_if_abandoned(path: Path) -> None:
     writer = _PARTIAL.fullmatch(path.name)
     if writer is None or writer["node"] != _NODE:
         return
+
+    # Signal 0 only asks whether the process exists. PermissionError means a living process of another user.
     try:
         os.kill(int(writer["process"]), 0)
-    except PermissionError:  # the living process of another user
+    except PermissionError:
         return
     except ProcessLookupError:
-        with suppress(OSError):  # in a folder that cannot be written, it stays
+        with suppress(OSError):  # it stays in a folder that cannot be written
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
 
 
 def flush(path: Path) -> None:
-    """Flush the bytes of a file or the entries of a folder to disk; a no-op behind a URL."""
+    """Flush the bytes of a file or the entries of a folder to disk. Behind a URL this does nothing."""
     if is_remote(path):
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -399,19 +453,22 @@ def flush(path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Create a folder and its parents, flushed; PathError if a file or permissions are in the way."""
+    """Create a folder and its parents, flushed. PathError if a file or permissions are in the way."""
     if is_remote(path):
         protocols: str | tuple[str, ...] = path.fs.protocol  # type: ignore[attr-defined]
         if _OBJECT_STORES.isdisjoint({protocols} if isinstance(protocols, str) else protocols):
             with writing(path):
                 path.mkdir(parents=True, exist_ok=True)
         return
+
     check_no_link(path)
-    missing = [parent for parent in (path, *path.parents) if not parent.exists()]
+    new_folders = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
         path.mkdir(parents=True, exist_ok=True)
-        for created in missing:
-            flush(created.parent)
+
+        # The entry of a new folder is in its parent, which a crash could otherwise lose.
+        for folder in new_folders:
+            flush(folder.parent)
     except (FileExistsError, NotADirectoryError) as error:
         raise PathError(f"{path} is a file, or lies below one; give the path of a folder") from error
     except OSError as error:
@@ -421,7 +478,7 @@ def make_folder(path: Path) -> None:
 
 
 def check_no_link(folder: Path) -> None:
-    """Check that no link inside a cache or another artifact leads to a local folder that is written or deleted.
+    """Check that a folder that is written or deleted is not reached through a link inside a cache or another artifact.
 
     A stranger's artifact may have links to any folder. Links to an artifact, and above it, are followed.
 
@@ -429,30 +486,38 @@ def check_no_link(folder: Path) -> None:
         PathError: the folder, or one above it, is such a link.
     """
     for link in (folder, *folder.parents):
-        if link.is_symlink() and any((parent / name).is_file() for parent in link.parents for name in MANIFESTS):
+        if link.is_symlink() and any(map(_is_artifact, link.parents)):
             raise PathError(f"{link}: expected a folder inside an artifact, got a link; put the folder there itself")
 
 
+def _is_artifact(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in MANIFESTS)
+
+
 def remove_file(path: Path, *, missing_ok: bool = False) -> None:
-    """Remove a file. Behind a URL, `Path.unlink` would remove those that match the URL as a pattern."""
+    """Remove a file."""
     if not is_remote(path):
         check_no_link(path.parent)
         path.unlink(missing_ok=missing_ok)
+
+    # `UPath.unlink` would remove all files that match the URL as a pattern.
     elif not (missing_ok and not path.exists()):
         path.fs.rm(glob.escape(path.path))  # type: ignore[attr-defined]
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder and its content, as one step: under another name first, unless it is behind a URL."""
+    """Remove a folder and its content. A local folder disappears in one step."""
     if is_remote(path):
         path.fs.rm(glob.escape(path.path), recursive=True)  # type: ignore[attr-defined]
-    else:
-        check_no_link(path)
-        shutil.rmtree(path.replace(partial_path(path)))
+        return
+
+    # It is renamed first, so that no reader sees half of it.
+    check_no_link(path)
+    shutil.rmtree(path.replace(partial_path(path)))
 
 
-# Errors of disks and services. The classes of services have no common base class, and are recognized by the library
-# that defines or raised them, so that none of these libraries has to be imported.
+# Errors of disks and services. The classes of services have no common base class. They are recognized by the library
+# that defined or raised them, so that none of these libraries has to be imported.
 
 
 @contextmanager
@@ -465,7 +530,7 @@ def reading(
 ) -> Iterator[None]:
     """Raise errors of reading as errors of this package, with the path and the reason in one line.
 
-    That too many files are open is raised unchanged, as no file is at fault.
+    The error of too many open files is raised unchanged, as no file is at fault.
 
     Args:
         path: the file, or its name.
@@ -481,7 +546,7 @@ def reading(
         raise error_class(str(error)) from None
     except EmbedcacheError:
         raise
-    except Exception as error:  # errors of storage services have no common base class
+    except Exception as error:
         if isinstance(error, OSError) and error.errno in _OF_THE_PROCESS:
             raise
         if next_step and _is_damage(error):
@@ -490,25 +555,29 @@ def reading(
             raise
         if is_missing(error):
             raise error_class(f"no such file: {path}") from None
-        what = "cannot be read:" if error_class is ItemError else "cannot read"  # reasons begin with their kind
-        raise error_class(f"{what} {path}: {io_reason(error)}") from None
+
+        # The reason of an item begins with its kind and a colon, by which failures are counted.
+        problem = "cannot be read:" if error_class is ItemError else "cannot read"
+        raise error_class(f"{problem} {path}: {io_reason(error)}") from None
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Raise the error of a full disk as `DiskFullError`, and errors of a remote service as `PathError`.
 
-    Some libraries report a full disk only in a message. Other errors of the system get the path if they name no file,
-    as those of a write or a flush do not.
+    Other errors of the system get the path if they name no file.
     """
     try:
         yield
     except Exception as error:
+        # Some libraries report a full disk only in a message.
         is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         if is_full or "No space left on device" in str(error):
             raise DiskFullError(disk_full_message(f" of {path}")) from error
         if is_remote(path) and is_io_error(error) and not isinstance(error, EmbedcacheError):
             raise PathError(f"cannot write {path}: {io_reason(error)}; what is committed is kept") from error
+
+        # Errors of a write or a flush name no file.
         if isinstance(error, OSError) and error.errno is not None and error.filename is None:
             error.filename = str(path)
         raise
@@ -519,8 +588,8 @@ def hub_errors(action: str, next_step: str, *, error_class: type[EmbedcacheError
     """Raise errors of the Hugging Face Hub, its libraries and the network as errors of this package.
 
     Args:
-        action: what was about to be done, after "cannot".
-        next_step: what to do about it.
+        action: failed action, as it follows "cannot" in the message.
+        next_step: advice at the end of the message.
         error_class: class of the errors.
     """
     try:
@@ -531,18 +600,21 @@ def hub_errors(action: str, next_step: str, *, error_class: type[EmbedcacheError
         is_answer = isinstance(error, ValueError | LookupError | TypeError) or library_of(type(error)) == "datasets"
         if not (is_answer or is_io_error(error) or _is_from_service(error)):
             raise
+
+        # Some messages end with paragraphs of examples.
         reason = io_reason(error) if is_io_error(error) else one_line(error)
         reason = reason.partition(" Example of usage")[0].rstrip(".")
         raise error_class(f"cannot {action}: {reason}; {next_step}") from error
 
 
 def disk_full_message(disk: str = "") -> str:
-    """Return the text of a full disk's error."""
+    """Return the message for a full disk."""
     return f"no space left on the disk{disk}; free some space and rerun the same command"
 
 
 def is_missing(error: BaseException) -> bool:
-    """Return whether an error means a missing file; fsspec raises FileNotFoundError for any failed HTTP request."""
+    """Return whether an error means a missing file."""
+    # fsspec raises FileNotFoundError for any failed HTTP request, so its status decides.
     cause = error.__cause__
     if isinstance(error, FileNotFoundError) and cause is not None and library_of(type(cause)) == "aiohttp":
         return getattr(cause, "status", None) == _NOT_FOUND
@@ -551,32 +623,46 @@ def is_missing(error: BaseException) -> bool:
 
 def _is_damage(error: BaseException) -> bool:
     """Return whether a reader could not parse the content of a file."""
-    if isinstance(error, OSError):  # those of Arrow have no number
+    # Arrow reports damage by an OSError without a number.
+    if isinstance(error, OSError):
         return type(error) is OSError and error.errno is None and not _is_from_service(error)
     is_content = isinstance(error, ValueError | LookupError | EOFError) or library_of(type(error)) in _FORMATS
     return is_content and not is_io_error(error)
 
 
 def is_io_error(error: BaseException) -> bool:
-    """Return whether an error comes from a disk or a remote service; those of services have no common base class."""
-    is_of_service = any(library_of(kind) in _SERVICES for kind in type(error).__mro__)
-    return isinstance(error, OSError) or is_of_service or (isinstance(error, _UNCLASSIFIED) and _is_from_service(error))
+    """Return whether an error comes from a disk or a remote service."""
+    is_service_error = not _SERVICES.isdisjoint(map(library_of, type(error).__mro__))
+    if isinstance(error, OSError) or is_service_error:
+        return True
+    return isinstance(error, _UNCLASSIFIED) and _is_from_service(error)
 
 
 def _is_from_service(error: BaseException) -> bool:
-    """Return whether a library for remote services raised an error, or had the standard library raise it."""
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    names = [str(frame.f_globals.get("__name__")).partition(".")[0] for frame in frames]
-    return next((name in _SERVICES for name in reversed(names) if name not in sys.stdlib_module_names), False)
+    """Return whether a library for remote services raised an error, or called a standard module that did."""
+    is_service = False
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        library = str(frame.f_globals.get("__name__")).partition(".")[0]
+
+        # Only the innermost frame outside the standard library decides.
+        if library not in sys.stdlib_module_names:
+            is_service = library in _SERVICES
+    return is_service
 
 
 def io_reason(error: BaseException) -> str:
-    """Return the reason of a disk or service in one line; for web servers, fsspec has it in the cause."""
+    """Return the reason that a disk or service gives, in one line."""
     names = {kind.__name__ for kind in type(error).__mro__ if library_of(kind) == "huggingface_hub"}
-    if "LocalEntryNotFoundError" in names:  # of what is neither here nor could be asked for
+
+    # The file is not on this machine, and the Hub could not be asked for it.
+    if "LocalEntryNotFoundError" in names:
         return io_reason(error.__cause__) if error.__cause__ else "not downloaded yet, and HF_HUB_OFFLINE is set"
-    if names & set(_HUB_REASONS):
-        return next(reason for name, reason in _HUB_REASONS.items() if name in names)
+
+    for name, hub_reason in _HUB_REASONS.items():
+        if name in names:
+            return hub_reason
+
+    # fsspec has the answer of a web server in the cause.
     if isinstance(error, FileNotFoundError) and error.__cause__:
         return _first_line(error.__cause__)
     if isinstance(error, NotImplementedError):
@@ -591,7 +677,7 @@ def library_of(kind: type) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    """Return the first line of an error's message: those of services continue with paragraphs of advice."""
+    """Return the first line of an error's message. Messages of services continue with paragraphs of advice."""
     return (str(error).partition("\n")[0] or type(error).__name__)[:_LONGEST_REASON]
 
 
@@ -599,7 +685,7 @@ def _first_line(error: BaseException) -> str:
 def locked(folder: Path, number: int = 0) -> Iterator[None]:
     """Lock a numbered piece of a folder for one thread of one process. The lock of a killed process is released.
 
-    Behind a URL there are no locks: the last writer wins.
+    There are no locks behind a URL, where the last writer wins.
 
     Raises:
         PathError: the file system has no record locks; see `SKIP_LOCKS`.
@@ -614,15 +700,21 @@ def locked(folder: Path, number: int = 0) -> Iterator[None]:
 
 
 def has_locks(folder: Path) -> bool:
-    """Return whether processes can exclude each other in a folder: it is local, and locks are not skipped."""
+    """Return whether processes can exclude each other in a folder. It must be local, and locks must not be skipped."""
     return not (is_remote(folder) or _skips_locks())
 
 
 class Leases:
-    """Leases of this process on numbered pieces of work in a folder. Those of a killed process are released.
+    """Leases of this process on numbered pieces of work in a folder. The leases of a killed process are released.
 
-    They are record locks on one file, so they exclude other processes of the machine and, if the file system supports
-    it, of a cluster: `name` in the folder. Behind a URL every lease is granted to every process.
+    They are record locks on the file `name` in the folder. So they exclude other processes of the machine and, if the
+    file system supports it, of a cluster. Behind a URL every lease is granted to every process.
+
+    Example:
+        >>> leases = Leases(Path("photos-cache"))
+        >>> leases.acquire(3)
+        True
+        >>> leases.release(3)
     """
 
     def __init__(self, folder: Path, name: str = _LEASES) -> None:
@@ -637,7 +729,7 @@ class Leases:
         return descriptor
 
     def acquire(self, number: int | None, *, wait: bool = False) -> bool:
-        """Acquire a lease, or all if None; return whether no other process has it. With `wait`, wait until it is free.
+        """Acquire a lease, or all if None, and return whether no other process has it. `wait` waits until it is free.
 
         Raises:
             PathError: the file system has no record locks; see `SKIP_LOCKS`.
@@ -653,9 +745,9 @@ class Leases:
 
 
 def _lock(descriptor: int, kind: int, number: int | None, path: Path) -> bool:
-    """Take or release the record lock on a byte of a file, or on all; return whether no other process has it."""
+    """Acquire or release the record lock on a byte of a file, or on all, and return whether no other process has it."""
     try:
-        fcntl.lockf(descriptor, kind, int(number is not None), number or 0)  # a length of 0 is all of the file
+        fcntl.lockf(descriptor, kind, int(number is not None), number or 0)  # a length of 0 locks the whole file
     except OSError as error:
         if kind & fcntl.LOCK_NB and error.errno in (errno.EACCES, errno.EAGAIN):
             return False
@@ -679,11 +771,12 @@ _SHARED_GUARD = threading.RLock()  # reentrant: garbage collection may finalize 
 
 
 def _open_shared(path: Path) -> int:
-    """Open a file for record locks once per process: closing any of its descriptors drops all of its locks."""
+    """Open a file for record locks, once per process, and count its users."""
     path = path.absolute()
     with _SHARED_GUARD:
         _USERS[path] += 1
         try:
+            # One descriptor serves all users, as closing any descriptor of a file drops all of its locks.
             if path not in _SHARED:
                 make_folder(path.parent)
                 _SHARED[path] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)

@@ -1,8 +1,9 @@
-"""The modalities, a line each, and samples with items of any of them, with the protocol of their sources.
+"""The table of modalities, samples with items of any of them, and the protocol of their sources.
 
-Everything that differs between modalities at extraction follows from the table.
+All differences between modalities at extraction follow from the table.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -22,9 +23,9 @@ class Modality:
     Args:
         name: name in code, on the command line and on disk.
         noun: plural of its items, for messages.
-        kind: what its item table holds: where the bytes of each item are, or the texts themselves.
-        has_interval: whether an item may be an interval of a recording; its table then has `start_s` and `stop_s`.
-        decoder: `module:function` from the bytes of an item to what an encoder prepares; empty for texts.
+        kind: content of its item table: the locations of files, or texts.
+        has_interval: whether an item may be an interval of a recording. Its table then has `start_s` and `stop_s`.
+        decoder: `module:function` from the bytes of an item to the input of an encoder. It is empty for texts.
         package: package of the extra `media` that the decoder needs, if any.
         num_ahead: decoded items that may wait for an encoder, so that memory stays bounded.
     """
@@ -73,20 +74,27 @@ FILE_MODALITIES = tuple(modality for modality in MODALITIES.values() if modality
 
 
 def list_texts(texts: Any, name: str = "texts") -> tuple[str, ...]:
-    """Return texts, given one or several.
+    """Return one or several strings as a tuple.
 
     Args:
-        texts: a text, or a sequence, an array or an iterator of texts.
-        name: what they are, for the message.
+        texts: a string, or a sequence, an array or an iterator of strings.
+        name: their name in the message.
 
     Raises:
-        DataError: they are no texts, or one is not valid Unicode.
+        DataError: they are not strings, or one is not valid Unicode.
+
+    Example:
+        >>> list_texts("a red box"), list_texts(["a red box", "a boat"])
+        (('a red box',), ('a red box', 'a boat'))
     """
     if isinstance(texts, str):
         _check_unicode(texts, name)
         return (texts,)
+
+    # An array without dimensions has the methods of an iterable, but cannot be iterated over.
     if not isinstance(texts, Iterable) or getattr(texts, "ndim", 1) == 0:
         raise DataError(f"{name}: expected a text or several, got {texts!r}; pass one text or a list")
+
     listed = tuple(texts)
     for position, text in enumerate(listed):
         if not isinstance(text, str):
@@ -96,7 +104,7 @@ def list_texts(texts: Any, name: str = "texts") -> tuple[str, ...]:
 
 
 def _check_unicode(text: str, name: str) -> None:
-    """Check that a text has no half of a surrogate pair, which JSON may hold and no tokenizer reads."""
+    """Check that a string has no half of a surrogate pair. JSON may contain one, but no tokenizer reads it."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -104,35 +112,74 @@ def _check_unicode(text: str, name: str) -> None:
 
 
 def list_distinct(texts: Any, name: str, what: str) -> tuple[str, ...]:
-    """Return texts as `list_texts` does; `DataError` too if there are none, or one twice. `what` describes them."""
+    """Return distinct strings as a tuple.
+
+    Args:
+        texts: as in `list_texts`, at least one.
+        name: their name in the message.
+        what: noun that describes them in the message.
+
+    Raises:
+        DataError: there are none, or one is there twice. It also raises the errors of `list_texts`.
+    """
     listed = list_texts(texts, name)
-    if not listed or len(set(listed)) < len(listed):
-        twice = next((text for text in listed if listed.count(text) > 1), None)
-        raise DataError(f"{name}: expected distinct {what}, got {'none' if twice is None else f'{twice!r} twice'}")
+    if not listed:
+        raise DataError(f"{name}: expected distinct {what}, got none")
+
+    text, count = Counter(listed).most_common(1)[0]
+    if count > 1:
+        raise DataError(f"{name}: expected distinct {what}, got {text!r} twice")
     return listed
 
 
 def order_pair(modalities: Iterable[str]) -> tuple[str, ...]:
-    """Return modalities in the order in which a pair names them: as in the table, but `text` last."""
+    """Return modalities in the order in which a pair names them: as in the table, but `text` last.
+
+    Example:
+        >>> order_pair(["text", "audio"])
+        ('audio', 'text')
+    """
     return tuple(sorted(modalities, key=lambda name: (name == "text", list(MODALITIES).index(name))))
 
 
 def directions(modalities: Sequence[str]) -> tuple[str, str]:
-    """Return the names of both directions of retrieval between two modalities: `i2t` and `t2i` of images and texts."""
-    first, second = (modality[0] for modality in modalities)
-    return f"{first}2{second}", f"{second}2{first}"
+    """Return the names of both directions of retrieval between two modalities.
+
+    Example:
+        >>> directions(["image", "text"])
+        ('i2t', 't2i')
+    """
+    first, second = modalities
+    return f"{first[0]}2{second[0]}", f"{second[0]}2{first[0]}"
 
 
 def pair_nouns(modalities: Sequence[str]) -> tuple[str, str]:
-    """Return the plurals of the items of a pair; texts of other items are captions: `("images", "captions")`."""
-    first, second = ("captions" if modality == "text" else noun(modality) for modality in modalities)
-    return first, second
+    """Return the plurals of the items of a pair. Texts that describe other items are captions.
+
+    Example:
+        >>> pair_nouns(["image", "text"])
+        ('images', 'captions')
+    """
+    first, second = modalities
+    return _pair_noun(first), _pair_noun(second)
+
+
+def _pair_noun(modality: str) -> str:
+    return "captions" if modality == "text" else noun(modality)
 
 
 def name_pair(modalities: Sequence[str], conjunction: str = "and") -> str:
-    """Return the items of a pair as in a sentence, such as `an image and a caption`."""
-    singular = (plural.removesuffix("s") for plural in pair_nouns(modalities))
-    return f" {conjunction} ".join(f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in singular)
+    """Return the items of a pair as words of a sentence.
+
+    Example:
+        >>> name_pair(["image", "text"])
+        'an image and a caption'
+    """
+    names = []
+    for plural in pair_nouns(modalities):
+        article = "an" if plural[0] in "aeiou" else "a"
+        names.append(f"{article} {plural.removesuffix('s')}")
+    return f" {conjunction} ".join(names)
 
 
 def noun(modality: str) -> str:
@@ -141,12 +188,12 @@ def noun(modality: str) -> str:
 
 
 def one_noun(modality: str) -> str:
-    """Return the singular of `noun`, such as `image`."""
+    """Return the singular of a modality's items, such as `image`."""
     return noun(modality).removesuffix("s")
 
 
 def split_modality(word: str) -> tuple[str | None, str]:
-    """Return the modality and the value of `[MODALITY=]VALUE`; None and the word if it names no modality.
+    """Return the modality and the value of `[MODALITY=]VALUE`. It is None and the word if there is no modality.
 
     Example:
         >>> split_modality("image=0.9"), split_modality("0.9")
@@ -167,7 +214,12 @@ def encoder_option(modality: str) -> str:
 
 
 def count_items(number: int, modality: str) -> str:
-    """Return how many items of a modality there are, such as `1 image`."""
+    """Return a number of items of a modality as text.
+
+    Example:
+        >>> count_items(1, "image"), count_items(2000, "audio")
+        ('1 image', '2,000 recordings')
+    """
     return pluralize(number, one_noun(modality), noun(modality))
 
 
@@ -176,12 +228,17 @@ class FileItem:
     """Location of the bytes of one item: an image, a recording, a video or a point cloud.
 
     Args:
-        path: file or shard, relative to the root of the source if it lies below it; of a table that stores the bytes
-            itself, followed by `#` and the column.
-        offset: first byte within the file; the row if a table stores the bytes themselves.
-        length: number of bytes; 0 if unknown or if a table stores the bytes themselves.
-        start_s: start of an interval of a recording or video, in seconds; None for its beginning.
-        stop_s: end of the interval; None for its end.
+        path: file or shard, relative to the root of the source if it lies below it. If a table stores the bytes
+            itself, `#` and the column follow the path of the table.
+        offset: first byte within the file. If a table stores the bytes, it is the row.
+        length: number of bytes. It is 0 if unknown or if a table stores the bytes.
+        start_s: start of an interval of a recording or video, in seconds. If None, its beginning.
+        stop_s: end of the interval, in seconds. If None, its end.
+
+    Example:
+        >>> item = FileItem(path="talks/0001.wav", start_s=1.5, stop_s=4.0)
+        >>> item.stop_s - item.start_s
+        2.5
     """
 
     path: str
@@ -193,7 +250,12 @@ class FileItem:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextItem:
-    """One caption and its language (ISO 639-1 code), if known."""
+    """One caption and its language (ISO 639-1 code), if known.
+
+    Example:
+        >>> TextItem(text="ein roter Kasten", language="de").language
+        'de'
+    """
 
     text: str
     language: str | None = None
@@ -209,6 +271,11 @@ class Sample:
         texts: any number of captions, each describing all other items of the sample.
         columns: other columns of the source, such as `split` and `label`.
         files: items of the other modalities: `audio`, `video`, `points`.
+
+    Example:
+        >>> sample = Sample(key="0001", images=(FileItem(path="0001.png"),), texts=(TextItem(text="a red box"),))
+        >>> len(sample.items_in_files("image")), sample.items_in_files("audio")
+        (1, ())
     """
 
     key: str
@@ -224,34 +291,45 @@ class Sample:
 
 @runtime_checkable
 class Source(Protocol):
-    """Where raw samples come from.
+    """The origin of raw samples.
 
     A plug-in is a class called with a location and `SourceSettings`. It may have these attributes:
 
     - `credit`, of the class: the attribution that every page showing its images must carry;
-    - `items_are_files`, of the class: whether the path of an item is that of a file, absolute or relative to the
-      location, or to its folder if it is a file; exports then name the whole path;
+    - `items_are_files`, of the class: whether the path of an item is the path of a file, absolute or relative to the
+      location (to its folder if it is a file), so that exports name the whole path;
     - `skipped`: a count per kind of file that the last pass over the samples left out, reported after indexing.
+
+    Example:
+        >>> class OneSample:
+        ...     def describe(self):
+        ...         return {"type": "my_package:OneSample", "path": "/photos", "settings": {}}
+        ...     def samples(self):
+        ...         yield Sample(key="0001", texts=(TextItem(text="a red box"),))
+        ...     def read(self, item):
+        ...         raise NotImplementedError
+        >>> isinstance(OneSample(), Source)
+        True
     """
 
     def describe(self) -> Mapping[str, Any]:
-        """Return what reopens the source: `type` and `path`, which are texts, and `settings`. The cache records it.
+        """Return the description that reopens the source: `type` and `path`, which are strings, and `settings`.
 
-        Paths are absolute, as a cache may be opened from any folder.
+        The cache records it. Paths are absolute, as a cache may be opened from any folder.
         """
 
     def samples(self) -> Iterator[Sample]:
         """Iterate over all samples, in an order that never changes, without reading their files.
 
         Raises:
-            SourceError: the samples cannot be listed; the message names the file and the row.
+            SourceError: the samples cannot be listed. The message names the file and the row.
         """
 
     def read(self, item: FileItem) -> bytes:
         """Read the bytes of one file, the whole file also for an interval. Thread-safe.
 
         Raises:
-            ItemError: it cannot be read; the message is the reason.
+            ItemError: it cannot be read. The message is the reason.
         """
 
 
@@ -259,7 +337,7 @@ IMPORTED_SOURCE = "imported"
 """Type of the source that a cache of imported vectors records. It has no samples."""
 
 MERGED = "merged"
-"""Type of the source that a cache records which was merged from caches of several sources. It has no samples."""
+"""Type of the source that a cache records if it was merged from caches of several sources. It has no samples."""
 
 PARTS = "parts"
 """Key in the description of a merged source: the descriptions of its parts."""

