@@ -245,10 +245,7 @@ def test_they_are_left_out_of_a_selection(
         with caplog.at_level(logging.WARNING):
             return read_selection(path, [after]).tolist(), caplog.messages
 
-    assert read([2, 3, 4, 33]) == (
-        [2, 4],
-        [f"selection {path}: 2 samples were removed from the cache, and left out"],
-    )
+    assert read([2, 3, 4, 33]) == ([2, 4], [f"selection {path}: 2 samples were removed from the cache, and left out"])
     assert read([2, 4]) == ([2, 4], [])
     (tmp_path / "keys.txt").write_text("00003\n00002\nelsewhere\n")
     with pytest.raises(DataError, match="got 'elsewhere'; 1 of 3 keys"):

@@ -8,10 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from embedcache.dataset.thumbnails import (
-    Thumbnails,
-    UnplayableError,
-)
+from embedcache.dataset.thumbnails import Thumbnails, UnplayableError
 from embedcache.extract.extract import extract
 from embedcache.sources import open_source
 from embedcache.sources.media import decode_audio, decode_video

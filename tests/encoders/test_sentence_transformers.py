@@ -13,15 +13,8 @@ from embedcache.arrays import normalize
 from embedcache.encoders import sentence_transformers
 from embedcache.encoders.base import Encoder, EncoderSettings
 from embedcache.encoders.open import open_encoder, reopen_encoder
-from embedcache.errors import (
-    CorruptError,
-    SettingError,
-    UnknownNameError,
-)
-from embedcache.testing.encoders import (
-    TEXTS,
-    TextEncoderContract,
-)
+from embedcache.errors import CorruptError, SettingError, UnknownNameError
+from embedcache.testing.encoders import TEXTS, TextEncoderContract
 from tests.encoders.checkpoints import change_one_weight, save_sentence_transformer
 
 MAX_TOKENS = 16

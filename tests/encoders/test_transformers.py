@@ -11,12 +11,7 @@ import torch
 from embedcache.encoders.base import EncoderSettings
 from embedcache.encoders.open import open_encoder, reopen_encoder
 from embedcache.errors import ArtifactError, CorruptError, PathError, SettingError
-from embedcache.testing.encoders import (
-    TEXTS,
-    ImageEncoderContract,
-    TextEncoderContract,
-    example_images,
-)
+from embedcache.testing.encoders import TEXTS, ImageEncoderContract, TextEncoderContract, example_images
 from tests.encoders.checkpoints import MAX_TOKENS, WORDS, copy_changed, save_dinov2
 
 NUM_REGISTERS = 3

@@ -131,11 +131,7 @@ def test_windows_of_any_lengths_run_at_once(lengths: Sequence[int]) -> None:
 
 @pytest.mark.parametrize(
     ("options", "modality", "word"),
-    [
-        (",padding=10s", "audio", "30s"),
-        ("", "image", "images"),
-        ("/missing", "audio", "folder"),
-    ],
+    [(",padding=10s", "audio", "30s"), ("", "image", "images"), ("/missing", "audio", "folder")],
 )
 def test_wrong_specs_raise(whisper: Path, options: str, modality: Modality, word: str) -> None:
     with pytest.raises((SettingError, PathError), match=word):

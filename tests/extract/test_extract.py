@@ -11,13 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedcache.encoders.open import open_encoder
-from embedcache.errors import (
-    CorruptError,
-    FingerprintError,
-    PathError,
-    SettingError,
-    SourceError,
-)
+from embedcache.errors import CorruptError, FingerprintError, PathError, SettingError, SourceError
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.sources import SourceSettings, open_source, read_below

@@ -60,10 +60,7 @@ def test_vectors_are_read_in_the_order_asked_for(factory: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "factory",
-    ["Flat", "HNSW8", "SQ8", "IVF4,SQ8", "IVF4,PQ4x4"],
-)
+@pytest.mark.parametrize("factory", ["Flat", "HNSW8", "SQ8", "IVF4,SQ8", "IVF4,PQ4x4"])
 def test_reset_index_keeps_its_training(factory: str) -> None:
     index = filled(factory)
     parameters = {"nprobe": 4, "efSearch": 400}

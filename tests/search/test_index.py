@@ -7,13 +7,7 @@ import numpy as np
 import pytest
 
 from embedcache.arrays import Inputs, normalize
-from embedcache.errors import (
-    DataError,
-    DiskFullError,
-    FingerprintError,
-    PathError,
-    SettingError,
-)
+from embedcache.errors import DataError, DiskFullError, FingerprintError, PathError, SettingError
 from embedcache.projectors.base import project
 from embedcache.registry import trust_files
 from embedcache.runs import Run

@@ -557,10 +557,7 @@ def test_missing_columns_and_captions_are_named(cache_path: Path, run_path: Path
         open_vectors("clip-retrieval", write_tree(tmp_path / "tree", unit_rows(3))), tmp_path / "cache"
     )
     without_languages = CacheFilters(Cache(cache_path), "image", run_path)
-    for filters in (
-        CacheFilters(cache, "image"),
-        CacheFilters(cache, "image", tmp_path),
-    ):
+    for filters in (CacheFilters(cache, "image"), CacheFilters(cache, "image", tmp_path)):
         assert [filters.values(name) for name in ("label", "split", "language")] == [{}, {}, {}]
         for condition in (Filter(label_value=("cat",)), Filter(part=("val",)), Filter(language=("de",))):
             with pytest.raises(UnknownNameError):

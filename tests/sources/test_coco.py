@@ -15,11 +15,7 @@ IMAGES = [
 ANNOTATIONS = [
     {"id": 10 * n + k, "image_id": 100 + n, "caption": f"A {COLORS[n]} image, {k}.\n"} for k in (0, 1) for n in range(4)
 ]
-COCO = {
-    "info": {"year": 2017},
-    "images": IMAGES,
-    "annotations": ANNOTATIONS,
-}
+COCO = {"info": {"year": 2017}, "images": IMAGES, "annotations": ANNOTATIONS}
 KARPATHY = {
     "dataset": "coco",
     "images": [

@@ -44,10 +44,7 @@ REFUSED: Mapping[str, tuple[bytes, str]] = {
     "no coordinates": (npz({"label": CLOUD["label"]}), "no coordinates.*got none"),
     "two coordinates": (npz({"xyz": CLOUD["uv"]}), r"no coordinates.*\(50, 2\)"),
     "no points": (npz({"xyz": np.zeros((0, 3))}), "no points"),
-    "other length": (
-        npz({**CLOUD, "label": CLOUD["label"][:7]}),
-        "one row of label per point, 50",
-    ),
+    "other length": (npz({**CLOUD, "label": CLOUD["label"][:7]}), "one row of label per point, 50"),
     "texts": (npz({**CLOUD, "name": np.array(["a"] * 50)}), "expected numbers in name"),
     "objects": (pickled(), "Object arrays cannot be loaded"),
     "far away": (npz({"xyz": CLOUD["xyz"].astype(np.float64) + 5e6}), "too far from the origin.*subtract an origin"),

@@ -92,13 +92,7 @@ def test_few_rows_need_only_the_commits_of_their_chunks(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("rows", "word"),
-    [
-        ([1, 2, 0], "broken"),
-        ([0, 4, -1, 9], "-1"),
-        ([0, 4, 5, 9], "5"),
-        ([[0, 1]], "shape"),
-        ([1, 1.5], "1.5"),
-    ],
+    [([1, 2, 0], "broken"), ([0, 4, -1, 9], "-1"), ([0, 4, 5, 9], "5"), ([[0, 1]], "shape"), ([1, 1.5], "1.5")],
 )
 def test_gather_of_rows_without_a_feature_raises(tmp_path: Path, rows: list[float], word: str) -> None:
     feature = write_feature(tmp_path, random_items(5, (5,), seed=0, failed=[2]), (5,), chunk_size=4)

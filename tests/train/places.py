@@ -85,12 +85,7 @@ class PlaceTask:
 
 
 def train_places(
-    cache_path: Path,
-    run_path: Path,
-    settings: FitSettings,
-    *,
-    scale: float = 1.0,
-    on_epoch: OnEpoch | None = None,
+    cache_path: Path, run_path: Path, settings: FitSettings, *, scale: float = 1.0, on_epoch: OnEpoch | None = None
 ) -> TrainReport:
     """Train the classifier on the shared cache."""
     feature = open_input(Cache(cache_path), "image", FEATURE)

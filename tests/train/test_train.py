@@ -13,13 +13,7 @@ from embedcache.arrays import Inputs
 from embedcache.cli.commands import read_config as read_options
 from embedcache.dataset.pairs import Items, Pairs
 from embedcache.dataset.splits import read_split
-from embedcache.errors import (
-    CorruptError,
-    DataError,
-    FingerprintError,
-    SettingError,
-    UnknownNameError,
-)
+from embedcache.errors import CorruptError, DataError, FingerprintError, SettingError, UnknownNameError
 from embedcache.evaluate.retrieval import evaluate_retrieval
 from embedcache.inference import load
 from embedcache.projectors.base import project
