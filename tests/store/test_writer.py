@@ -1,4 +1,4 @@
-"""Existing values of a chunk stay unchanged when more are written to it."""
+"""Stored values stay unchanged when more are written to a chunk, and the loop over chunks computes only what lacks."""
 
 import json
 from collections.abc import Sequence
@@ -12,13 +12,15 @@ import pytest
 
 from embedcache.arrays import Array
 from embedcache.errors import FingerprintError, UnfinishedError
+from embedcache.progress import NullProgress
 from embedcache.provenance import IMPORTED
 from embedcache.settings import replace_fields
 from embedcache.store.cache import Cache
-from embedcache.store.commits import PENDING
+from embedcache.store.commits import PENDING, Commit
 from embedcache.store.feature import EncoderGroup, Feature, create_group
-from embedcache.store.layout import Axis, TableVersion, read_info, write_info
-from embedcache.store.writer import add_feature, chunk_files, commit_chunk, withdraw
+from embedcache.store.layout import Axis, TableVersion, commit_path, read_info, write_info
+from embedcache.store.producer import OneByOne, Output, Verb, fill, fill_all
+from embedcache.store.writer import ChunkFeatures, add_feature, chunk_files, commit_chunk, withdraw
 from tests.crash import start_call
 from tests.edits import write_tables
 from tests.store.features import FINGERPRINT, made_info, random_items, write_feature, written
@@ -226,3 +228,67 @@ def test_withdrawn_features_leave_the_others(tmp_path: Path) -> None:
     path.write_bytes(b"damaged")
     withdraw(group, 0, ["g"])
     assert not path.exists()
+
+
+ITEMS = random_items(9, (4,), seed=1, failed=[2, 8])
+
+
+class Items:
+    """A producer of the items of a list; None is one that fails."""
+
+    verb: Verb = "copied"
+
+    def __init__(self, items: Sequence[Array | None] = ITEMS) -> None:
+        self.outputs = {"f": Output((4,), "float32")}
+        self.computed: list[int] = []
+        self._items = items
+
+    def compute(self, rows: slice) -> ChunkFeatures:
+        items = self._items[rows]
+        self.computed.append(rows.start)
+        hashes = [f"{row:016}".encode() for row in range(rows.start, rows.stop)]
+        return ChunkFeatures({"f": items}, hashes, {"f": [None if item is not None else "broken" for item in items]})
+
+    def retries(self, _: Commit) -> bool:
+        return False
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> EncoderGroup:
+    """A folder that lacks all three chunks."""
+    return write_feature(tmp_path, ITEMS, (4,), chunk_size=4, dtype="float32", skip_chunks=[0, 1, 2]).group
+
+
+def test_fills_missing_chunks_only(group: EncoderGroup) -> None:
+    report = fill(group, Items(), progress=NullProgress())
+    assert (report.computed, report.reused, report.failures) == (9, 0, {"broken": 2})
+
+    withdraw(group, 1, ["f"])
+    again = Items()
+    report = fill(group, again, progress=NullProgress())
+    assert again.computed == [4]
+    assert (report.computed, report.reused, report.failures) == (4, 5, {"broken": 2})
+
+
+def test_retries_failed_rows_and_computes_missing_chunks(group: EncoderGroup) -> None:
+    fill(group, Items(), progress=NullProgress())
+    withdraw(group, 1, ["f"])
+    good = random_items(9, (4,), seed=2)
+    retried = Items(good)
+    (report,) = fill_all([OneByOne(group, retried)], rows="failed", progress=NullProgress())
+    assert (retried.computed, report.failures) == ([0, 4, 8], {})
+
+    stored = Feature(group, "f").load()
+    assert ITEMS[0] is not None
+    np.testing.assert_array_equal(stored[0], ITEMS[0])
+    assert good[2] is not None
+    np.testing.assert_array_equal(stored[2], good[2])
+
+
+def test_retry_without_a_new_value_writes_nothing(group: EncoderGroup) -> None:
+    fill(group, Items(), progress=NullProgress())
+    before = written(commit_path(group.path, 0))
+    producer = OneByOne(group, Items([None] * 9))
+    (report,) = fill_all([producer], rows="failed", progress=NullProgress())
+    assert report.failures == {"broken": 2}
+    assert written(commit_path(group.path, 0)) == before
