@@ -1,4 +1,4 @@
-"""The input of a run: caches, selections, all captions, token features, and views that are drawn per epoch."""
+"""The input of a run: caches, selections, all captions, token features, hard negatives, and views drawn per epoch."""
 
 import shutil
 from pathlib import Path
@@ -11,10 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedcache.arrays import Inputs, Ints
+from embedcache.curate.negatives import mine_negatives
 from embedcache.dataset.inputs import Reader, view_feature
 from embedcache.dataset.pairs import Items, Pairs
+from embedcache.dataset.selections import read_negatives
 from embedcache.dataset.splits import read_split
-from embedcache.errors import DataError, FingerprintError, SettingError, UnknownNameError
+from embedcache.errors import DataError, FingerprintError, PathError, SettingError, UnknownNameError
 from embedcache.evaluate.retrieval import evaluate_retrieval
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
@@ -22,6 +24,7 @@ from embedcache.runs import Run
 from embedcache.sources import open_source
 from embedcache.sources.open import SourceSettings
 from embedcache.store.cache import Cache
+from embedcache.train.batches import PairBatches
 from embedcache.train.data import DrawnViews, TrainData, open_data, parse_views
 from tests.edits import edit_record
 from tests.images import write_images
@@ -30,6 +33,8 @@ from tests.toy import IMAGE, TEXT
 from tests.train.runs import IMAGE as IMAGE_FEATURE
 from tests.train.runs import TEXT as TEXT_FEATURE
 from tests.train.runs import beats_chance, interrupted_after, log_lines, run
+from tests.train.test_resume import assert_same_run, run_interrupted
+from tests.train.test_resume import run as run_whole
 
 
 @pytest.mark.slow
@@ -253,3 +258,81 @@ def test_missing_view_lists_what_there_is(flipped: Path, tmp_path: Path) -> None
     with pytest.raises(SettingError, match="views: expected views of image or text, got audio"):
         run(flipped, tmp_path / "run", views=("audio=plain",), batch_size=20)
     assert view_feature("a/cls+a/patches", "flip") == "a@flip/cls+a@flip/patches"
+
+
+@pytest.fixture(scope="module")
+def table(cache_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Hard negatives of all samples, also of those that are held out. Not to be changed."""
+    path = tmp_path_factory.mktemp("mined") / "negatives-0.parquet"
+    options = {"modality": "image", "cosine": 0.999, "num_negatives": 5}
+    mine_negatives(cache_path, path, feature={"image": IMAGE_FEATURE, "text": TEXT_FEATURE}, **options)
+    return path
+
+
+@pytest.mark.slow
+def test_hard_negatives_of_the_training_part_are_added(
+    cache_path: Path, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, draw = [], PairBatches._draw_hard
+
+    def watch(*args: object) -> np.ndarray:
+        hard = draw(*args)  # type: ignore[arg-type]
+        batches: PairBatches = args[0]  # type: ignore[assignment]
+        seen.append((batches._samples[args[1]], batches._samples[hard]))  # type: ignore[index]
+        return hard
+
+    monkeypatch.setattr(PairBatches, "_draw_hard", watch)
+    progress, path = RecordedProgress(), str(table).replace("-0", "-{seed}")
+    report = run(cache_path, tmp_path / "run", negatives=path, num_negatives=2, progress=progress)
+    train = set(read_split(tmp_path / "run/split.parquet", [Cache(cache_path)]).rows("train").tolist())
+    negatives = read_negatives([table], [Cache(cache_path)])
+    num_some = sum(bool(train & set(negatives.negatives_SK[sample].tolist())) for sample in train)
+    assert progress.notes == [f"{num_some} of {len(train)} training samples have hard negatives in the training part"]
+    assert {sample for _, hard in seen for sample in hard.tolist()} <= train
+    for own, hard in seen:
+        assert len(own) <= 22  # 64 // 3 and one
+        assert np.isin(hard, negatives.negatives_SK[own]).all()
+        assert not set(own.tolist()) & set(hard.tolist())
+    assert sum(len(own) for own, _ in seen) == 2 * report.num_samples["train"]
+    steps = [line for line in log_lines(tmp_path / "run") if "loss" in line]
+    assert len(steps) == len(seen)
+    assert set(Run.open(tmp_path / "run").info.digests) == {"negatives 0"}
+
+
+@pytest.mark.slow
+def test_resume_with_hard_negatives_is_identical(cache_path: Path, table: Path, tmp_path: Path) -> None:
+    options = {"negatives": str(table), "mixup": 0.0, "epochs": 2}
+    run_whole(cache_path, tmp_path / "whole", **options)
+    run_interrupted(cache_path, tmp_path / "run", 5, **options)
+    run_whole(cache_path, tmp_path / "run", **options)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_another_table_is_another_run(cache_path: Path, table: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.parquet"
+    shutil.copy(table, copy)
+    run(cache_path, tmp_path / "run", epochs=1, negatives=str(copy))
+    copy.unlink()
+    with pytest.raises(PathError, match="got nothing"):
+        run(cache_path, tmp_path / "run", epochs=1, negatives=str(copy))
+    mine_negatives(cache_path, copy, feature={"image": IMAGE_FEATURE, "text": TEXT_FEATURE}, cosine=0.999)
+    with pytest.raises(FingerprintError, match="negatives 0"):
+        run(cache_path, tmp_path / "run", epochs=1, negatives=str(copy))
+
+
+@pytest.mark.slow
+def test_useless_hard_negatives_are_refused(
+    cache_path: Path, table: Path, two_caches: list[Path], tmp_path: Path
+) -> None:
+    with pytest.raises(SettingError, match="mixup"):
+        run(cache_path, tmp_path / "run", negatives=str(table), mixup=1.0)
+    with pytest.raises(DataError, match="negatives-0"):
+        run(two_caches[0], tmp_path / "other", negatives=str(table))
+    assert not (tmp_path / "other").exists()
+    few = tmp_path / "few.txt"  # two samples of one group have no negatives among them
+    groups = read_negatives([table], [Cache(cache_path)]).groups_S
+    twins = np.flatnonzero(groups == np.bincount(groups).argmax())
+    few.write_text("\n".join(Cache(cache_path).column("key")[int(row)].as_py() for row in twins))
+    with pytest.raises(DataError, match="got none"):
+        run(cache_path, tmp_path / "few", negatives=str(table), selection=str(few), batch_size=None)

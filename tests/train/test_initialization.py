@@ -1,8 +1,11 @@
-"""Initial weights of the towers, for rows in memory."""
+"""Initial weights of the towers: for rows in memory, and of parts of other runs."""
+
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from embedcache.arrays import Inputs, Ints, normalize
 from embedcache.dataset.inputs import Reader
@@ -10,9 +13,11 @@ from embedcache.dataset.pairs import Items, Pairs
 from embedcache.errors import DataError, SettingError
 from embedcache.modeling.heads import AnyTower, Tower
 from embedcache.projectors.pair import AlignedPair
+from embedcache.runs import Run
 from embedcache.train import initialization
-from embedcache.train.initialization import initialize
+from embedcache.train.initialization import find_sources, initialize
 from embedcache.train.settings import Initialization, ModelSettings
+from tests.train.runs import log_lines, run
 
 NUM_SAMPLES = 30
 RNG = np.random.default_rng(0)
@@ -150,3 +155,74 @@ def test_many_pairs_are_thinned_out_evenly(monkeypatch: pytest.MonkeyPatch) -> N
     image = pair.tower("image")
     assert isinstance(image, Tower)
     np.testing.assert_allclose(image.mean, normalize(IMAGES[sorted(set(read))]).mean(axis=0), atol=1e-6)
+
+
+PARTS = {"image": ["image"], "text": ["text"], "temperature": ["log_scale"]}
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], {}),
+        (["run"], {"image": "run", "text": "run", "temperature": "run"}),
+        (["text=a"], {"text": "a"}),
+        (["text=a", "run"], {"image": "run", "text": "a", "temperature": "run"}),
+        (["run", "image=a", "text=b"], {"image": "a", "text": "b", "temperature": "run"}),
+        (["lr=0.1"], {"image": "lr=0.1", "text": "lr=0.1", "temperature": "lr=0.1"}),
+    ],
+)
+def test_sources_of_parts(
+    words: list[str], expected: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lr=0.1").mkdir()  # a folder whose name looks like a part and its run
+    assert find_sources(words, PARTS) == {name: Path(run) for name, run in expected.items()}
+    for twice in (["a", "b"], ["text=a", "text=b"]):
+        with pytest.raises(SettingError, match="expected one run"):
+            find_sources(twice, PARTS)
+
+
+@pytest.fixture(scope="module")
+def finished(cache_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run. Not to be changed."""
+    path = tmp_path_factory.mktemp("parts") / "run"
+    run(cache_path, path, seed=1)
+    return path
+
+
+def changed_parts(found: Path, start: Path) -> set[str]:
+    """Return the first names of all last weights that differ from the kept ones of another run."""
+    after, before = load_file(found / "last.safetensors"), load_file(start / "model.safetensors")
+    return {name.partition(".")[0] for name in before if not torch.equal(after[name], before[name])}
+
+
+@pytest.mark.parametrize(
+    ("trainable", "changed"),
+    [("text", {"text"}), ("image+temperature", {"image", "log_scale"}), (None, {"image", "text", "log_scale"})],
+)
+def test_only_trainable_parts_change(
+    cache_path: Path, finished: Path, tmp_path: Path, trainable: str | None, changed: set[str]
+) -> None:
+    report = run(cache_path, tmp_path / "run", init_from=(str(finished),), trainable=trainable, loss="siglip")
+    assert changed_parts(tmp_path / "run", finished) == changed
+    opened = Run.open(tmp_path / "run")
+    trained = sum(value.numel() for name, value in opened.pair.named_parameters() if name.partition(".")[0] in changed)
+    assert report.num_parameters == trained
+    assert opened.info.digests == {"init_from *": Run.open(finished).info.weights}
+
+
+@pytest.mark.slow
+def test_temperature_is_set_after_that_of_another_run(cache_path: Path, finished: Path, tmp_path: Path) -> None:
+    options = {"init_from": (str(finished),), "temperature": 0.2}
+    run(cache_path, tmp_path / "fixed", **options, trainable="image+text")
+    assert Run.open(tmp_path / "fixed").pair.temperature.item() == pytest.approx(0.2)
+    run(cache_path, tmp_path / "learned", **options)
+    found = [line["temperature"] for line in log_lines(tmp_path / "learned") if "temperature" in line]
+    assert 0.19 < found[-1] < found[0] < 0.2
+
+
+def test_closed_form_of_the_other_tower_is_kept_out(cache_path: Path, finished: Path, tmp_path: Path) -> None:
+    run(cache_path, tmp_path / "run", init_from=(f"image={finished}",), epochs=0)
+    run(cache_path, tmp_path / "random", initialization="random", epochs=0)
+    assert changed_parts(tmp_path / "run", finished) == {"text", "log_scale"}
+    assert changed_parts(tmp_path / "run", tmp_path / "random") == {"image"}

@@ -41,7 +41,8 @@ WIDTH = 6
 @pytest.fixture(autouse=True, scope="module")
 def small_tiles() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pair_module, "TILE_ROWS", 3)
+        for module in (pair_module, losses):
+            patch.setattr(module, "TILE_ROWS", 3)
         yield
 
 
@@ -259,8 +260,6 @@ def test_structure_is_zero_without_a_change_and_has_no_gradient_of_inputs(size: 
 
 LOSS_WIDTH = 5
 
-TILE_ROWS = 3
-
 
 def plain_info_nce(logits_BB: Tensor, positives_BB: Tensor) -> Tensor:
     others = positives_BB & ~torch.eye(len(logits_BB), dtype=torch.bool)
@@ -269,19 +268,19 @@ def plain_info_nce(logits_BB: Tensor, positives_BB: Tensor) -> Tensor:
     return (cross_entropy(logits_BB, labels) + cross_entropy(logits_BB.T, labels)) / 2
 
 
-def plain_multi_positive(logits_BB: Tensor, positives_BB: Tensor) -> Tensor:
-    def one_way(logits_BB: Tensor, positives_BB: Tensor) -> Tensor:
-        return cross_entropy(logits_BB, positives_BB.double() / positives_BB.sum(dim=1, keepdim=True))
+def plain_multi_positive(logits_BM: Tensor, positives_BM: Tensor) -> Tensor:
+    def one_way(logits: Tensor, positives: Tensor) -> Tensor:
+        return cross_entropy(logits, positives.double() / positives.sum(dim=1, keepdim=True))
 
-    return (one_way(logits_BB, positives_BB) + one_way(logits_BB.T, positives_BB.T)) / 2
-
-
-def plain_siglip(logits_BB: Tensor, positives_BB: Tensor) -> Tensor:
-    return -logsigmoid(torch.where(positives_BB, logits_BB, -logits_BB)).sum() / len(logits_BB)
+    return (one_way(logits_BM, positives_BM) + one_way(logits_BM.T, positives_BM.T)) / 2
 
 
-def plain_sail(logits_BB: Tensor, positives_BB: Tensor) -> Tensor:
-    return -logsigmoid(torch.where(positives_BB, logits_BB, -logits_BB)).mean()
+def plain_siglip(logits_BM: Tensor, positives_BM: Tensor) -> Tensor:
+    return -logsigmoid(torch.where(positives_BM, logits_BM, -logits_BM)).sum() / len(logits_BM)
+
+
+def plain_sail(logits_BM: Tensor, positives_BM: Tensor) -> Tensor:
+    return -logsigmoid(torch.where(positives_BM, logits_BM, -logits_BM)).mean()
 
 
 PLAIN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -292,13 +291,6 @@ PLAIN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 every_loss = pytest.mark.parametrize("name", PLAIN)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def small_loss_tiles() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(losses, "TILE_ROWS", TILE_ROWS)
-        yield
 
 
 def draw_batch(size: int, seed: int, *, num_contents: int | None = None) -> tuple[Tensor, Tensor, Positives]:
@@ -368,15 +360,6 @@ def test_value_and_gradients_match_the_plain_formula(
         torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
 
 
-def plain_captions(name: str, logits_BM: Tensor, positives_BM: Tensor) -> Tensor:
-    """Compute the formulas for more texts than images."""
-    if name != "multi_positive":
-        total = -logsigmoid(torch.where(positives_BM, logits_BM, -logits_BM)).sum()
-        return total / (len(logits_BM) if name == "siglip" else logits_BM.numel())
-    weights = [positives.double() / positives.sum(dim=1, keepdim=True) for positives in (positives_BM, positives_BM.T)]
-    return (cross_entropy(logits_BM, weights[0]) + cross_entropy(logits_BM.T, weights[1])) / 2
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["multi_positive", "sail", "siglip"])
 @given(st.integers(1, 9), st.integers(0, 100), st.sampled_from([2.0, 90.0]))
@@ -388,7 +371,7 @@ def test_several_captions_match_the_plain_formula(name: str, size: int, seed: in
     rows, columns = positives.nonzero(as_tuple=True)
     bias = next(loss.parameters(), torch.zeros(()))
     ours = loss(images, more, factor, Positives(first=rows, second=columns))
-    plain = plain_captions(name, factor * images @ more.T + bias, positives)
+    plain = PLAIN[name](factor * images @ more.T + bias, positives)
     torch.testing.assert_close(ours, plain)
     for one, other in zip(
         *(torch.autograd.grad(value, [images, more, factor]) for value in (ours, plain)), strict=True

@@ -1,4 +1,4 @@
-"""An interrupted run resumes and ends with the same bytes."""
+"""Runs that go on: an interrupted one ends with the same bytes, and another request or input is refused."""
 
 import errno
 import io
@@ -16,14 +16,25 @@ import pytest
 import torch
 
 from embedcache.errors import CorruptError, FingerprintError, SettingError
+from embedcache.extract.extract import extract, retry_failed
+from embedcache.extract.settings import ExtractSettings
 from embedcache.runs import CHECKPOINT, Run, is_finished
+from embedcache.sources import open_source
+from embedcache.store.layout import read_info
+from embedcache.sweep.settings import SweepSettings
+from embedcache.sweep.space import read_space
+from embedcache.sweep.study import open_study
 from embedcache.train import trainer
+from embedcache.train.data import open_data
 from embedcache.train.settings import MachineSettings
 from embedcache.train.train import name_device
 from embedcache.train.trainer import RunLog, load_checkpoint
 from tests.cli.run import embedcache
 from tests.crash import start
 from tests.edits import edit_record
+from tests.images import write_images
+from tests.sweep.conftest import FEATURES, SPACE
+from tests.toy import IMAGE, TEXT
 from tests.train import runs
 
 SAME = ("model.safetensors", "last.safetensors", "losses.jsonl", "split.parquet")
@@ -219,3 +230,55 @@ def test_float16_resumes(cache_path: Path, tmp_path: Path) -> None:
     for name in ("whole", "stopped"):
         run(cache_path, tmp_path / name, precision="float16")
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+
+
+SETTINGS = ExtractSettings(chunk_size=16, views=("flip",))
+ONCE: dict[str, Any] = {"epochs": 0, "batch_size": 8}
+RETRIED = "digests.failed image .*retried"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty images with captions. Not to be changed."""
+    return write_images(tmp_path_factory.mktemp("retried") / "source", 40)
+
+
+@pytest.fixture(scope="module")
+def before(source: Path) -> Path:
+    """A cache of them, made when two were broken: files as long as the good ones. Not to be changed."""
+    broken, cache = Path(shutil.copytree(source, source.parent / "broken")), source.parent / "before"
+    for number in (3, 20):
+        path = broken / f"{number:05d}.png"
+        path.write_bytes(b"x" * path.stat().st_size)
+    extract(open_source(broken), cache, image_encoder=[IMAGE], text_encoder=[TEXT], settings=SETTINGS)
+    return cache
+
+
+@pytest.fixture(scope="module")
+def after(before: Path, source: Path) -> Path:
+    """The same cache after one of them was retried: its samples, and their digest, are the same. Not to be changed."""
+    cache = Path(shutil.copytree(before, before.with_name("after")))
+    retry_failed(open_source(source), cache, image_encoder=[IMAGE], settings=SETTINGS)
+    assert read_info(cache).index_digest == read_info(before).index_digest
+    return cache
+
+
+def test_finished_run(before: Path, after: Path, tmp_path: Path) -> None:
+    runs.run(before, tmp_path / "run", **ONCE)
+    assert set(Run.open(tmp_path / "run").info.digests) == {"failed image"}
+    assert runs.run(before, tmp_path / "run", **ONCE).reused
+    with pytest.raises(FingerprintError, match=RETRIED):
+        runs.run(after, tmp_path / "run", **ONCE)
+    with pytest.raises(FingerprintError, match="settings.optimizer.epochs: stored 0, req"):
+        runs.run(after, tmp_path / "run", epochs=1, batch_size=8)
+
+
+def test_study(before: Path, after: Path, tmp_path: Path) -> None:
+    (tmp_path / "space.toml").write_text(SPACE)
+    space = read_space(tmp_path / "space.toml")
+    names = FEATURES["feature"]
+    then, now = (open_data(cache, names, memory_bytes=10**9) for cache in (before, after))
+    made = open_study(tmp_path / "study", then, space, SweepSettings())
+    assert open_study(tmp_path / "study", then, space, SweepSettings()) == made
+    with pytest.raises(FingerprintError, match=f"study .*{RETRIED}"):
+        open_study(tmp_path / "study", now, space, SweepSettings())

@@ -1,8 +1,11 @@
-"""The training loop with the smallest task, and its parts by themselves: processes, threads, rates, bad losses."""
+"""The training loop: the smallest task, any task, its processes, threads, rates, bad losses, and trackers."""
 
 import itertools
+import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import struct
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,19 +14,25 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from embedcache import processes
-from embedcache.errors import DataError
+from embedcache.dataset.inputs import open_input
+from embedcache.errors import CorruptError, DataError, FingerprintError, PathError, SettingError, UnknownNameError
 from embedcache.projectors.pair import AlignedPair
+from embedcache.reports.summary import summarize
+from embedcache.runs import CHECKPOINT, Run
 from embedcache.settings import from_flat
+from embedcache.store.cache import Cache
 from embedcache.train import distributed, trainer
 from embedcache.train.batches import Batch, BatchInput
 from embedcache.train.settings import FitSettings, OptimizerSettings
 from embedcache.train.train import TrainReport
-from embedcache.train.trainer import Trainer, learning_rate, make_optimizer, seeded
+from embedcache.train.trainer import RunLog, Trainer, learning_rate, make_optimizer, seeded
 from tests.recorded import RecordedProgress
-from tests.train.runs import log_lines
+from tests.train.places import FEATURE, read_places, train_places
+from tests.train.runs import interrupted_after, log_lines, run
 
 BATCHES = (3, 2, 2)
 """Samples of each batch."""
@@ -275,3 +284,181 @@ def test_slices_of_processes_are_consecutive_and_of_one_size(
     assert [row for part in slices for row in range(count)[part]] == list(range(count))
     sizes = [part.stop - part.start for part in slices]
     assert max(sizes) - min(sizes) <= 1
+
+
+SAME = ("model.safetensors", "last.safetensors", "losses.jsonl")
+
+
+def fit(cache_path: Path, run_path: Path, **options: Any) -> TrainReport:
+    scale = options.pop("scale", 1.0)
+    return train_places(cache_path, run_path, from_flat(FitSettings, {"epochs": 3, "lr": 0.01, **options}), scale=scale)
+
+
+@pytest.fixture(scope="module")
+def finished(cache_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run. Not to be changed."""
+    path = tmp_path_factory.mktemp("places") / "run"
+    fit(cache_path, path, epochs=25, seed=1)
+    return path
+
+
+def test_second_task_learns(cache_path: Path, finished: Path) -> None:
+    run = Run.open(finished)
+    feature = open_input(Cache(cache_path), "image", FEATURE)
+    rows = np.arange(0, 300, 5)
+    with torch.inference_mode():
+        scores = run.module(torch.from_numpy(feature.read(rows).values))
+    accuracy = float((scores.argmax(dim=1).numpy() == read_places(cache_path)[rows]).mean())
+    assert accuracy == pytest.approx(run.info.report["measures"]["accuracy"])
+    assert accuracy > 0.45  # chance is 0.25, with a standard error of 0.06
+    assert run.input("image").feature == FEATURE
+    assert summarize(finished).sections[0].table[1] == [["image", FEATURE, "3", "tests.toy:open_toy"]]
+    assert fit(cache_path, finished, epochs=25, seed=1).reused
+    with pytest.raises(FingerprintError, match=r"settings\.optimizer\.lr: stored 0.01, requested 0.1"):
+        fit(cache_path, finished, epochs=25, seed=1, lr=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_steps", [1, 4, 9])
+def test_resume_of_any_task_is_identical(cache_path: Path, tmp_path: Path, num_steps: int) -> None:
+    options = {"checkpoint_s": 0, "batch_size": 60, "precision": "bfloat16"}
+    with interrupted_after(num_steps), pytest.raises(InterruptedError):
+        fit(cache_path, tmp_path / "run", **options)
+    assert (tmp_path / "run" / CHECKPOINT).is_file()
+    torch.manual_seed(99)
+    fit(cache_path, tmp_path / "run", **options)
+    fit(cache_path, tmp_path / "whole", **options)
+    for name in SAME:
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_bad_loss_is_one_error(cache_path: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"at step 0, the image feature holds NaN"):
+        fit(cache_path, tmp_path / "bad", scale=float("nan"))
+
+
+@pytest.mark.parametrize(("trainable", "frozen"), [("head", "body."), ("body", "head.")])
+def test_frozen_part_is_equal_to_the_bit(
+    cache_path: Path, finished: Path, tmp_path: Path, trainable: str, frozen: str
+) -> None:
+    report = fit(cache_path, tmp_path / "run", init_from=(str(finished),), trainable=trainable, seed=2)
+    after, start = load_file(tmp_path / "run/last.safetensors"), load_file(finished / "model.safetensors")
+    assert {"body.0.running_mean", "body.0.num_batches_tracked", "head.bias"} < after.keys()
+    for name, value in after.items():
+        assert torch.equal(value, start[name]) == name.startswith(frozen), name
+    run = Run.open(tmp_path / "run")
+    trained = [value.numel() for name, value in run.module.named_parameters() if frozen not in name]
+    assert report.num_parameters == sum(trained)
+    assert run.info.digests == {"init_from *": Run.open(finished).info.weights}
+    assert f"trained parts: {trainable}" in summarize(tmp_path / "run").lines[1]
+
+
+def test_one_part_starts_from_a_run(cache_path: Path, finished: Path, tmp_path: Path) -> None:
+    fit(cache_path, tmp_path / "run", init_from=(f"body={finished}",), epochs=0, seed=3)
+    found, start = load_file(tmp_path / "run/model.safetensors"), load_file(finished / "model.safetensors")
+    assert {name for name in found if torch.equal(found[name], start[name])} == {
+        name for name in start if name.startswith("body.")
+    }
+
+
+def test_start_run_is_whole_or_refused(cache_path: Path, finished: Path, run_path: Path, tmp_path: Path) -> None:
+    for words, error, word in (
+        ((str(run_path),), DataError, "part body"),  # a pair
+        ((f"neck={finished}",), UnknownNameError, "neck"),
+        ((str(finished), str(finished)), SettingError, "one run"),
+        ((str(tmp_path / "nothing"),), PathError, "nothing does not exist"),
+    ):
+        with pytest.raises(error, match=word):
+            fit(cache_path, tmp_path / "run", init_from=words)
+    with pytest.raises(UnknownNameError, match="neck"):
+        fit(cache_path, tmp_path / "run", trainable="head+neck")
+
+
+def test_changed_start_run_is_another_run(cache_path: Path, finished: Path, tmp_path: Path) -> None:
+    fit(cache_path, tmp_path / "first", seed=5, epochs=0)
+    fit(cache_path, tmp_path / "run", init_from=(str(tmp_path / "first"),), epochs=1)
+    weights = tmp_path / "first/model.safetensors"
+    weights.write_bytes((finished / "model.safetensors").read_bytes())
+    with pytest.raises(CorruptError, match=r"model\.safetensors: expected checksum"):
+        fit(cache_path, tmp_path / "other", init_from=(str(tmp_path / "first"),), epochs=1)
+    (tmp_path / "first/run.json").write_bytes((finished / "run.json").read_bytes())
+    with pytest.raises(FingerprintError, match=r"digests\.init_from \*"):
+        fit(cache_path, tmp_path / "run", init_from=(str(tmp_path / "first"),), epochs=1)
+    assert log_lines(tmp_path / "run")
+
+
+def read_tensorboard(folder: Path, name: str) -> list[tuple[int, float]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "run" / "tensorboard"))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(name)]
+
+
+def read_wandb(folder: Path, name: str) -> list[tuple[int, float]]:
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    found = []
+    for path in sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns):
+        data, place = path.read_bytes(), 7  # after the header; then checksum, length, kind and bytes of each record
+        while place + 7 <= len(data):
+            length, kind = struct.unpack_from("<HB", data, place + 4)
+            if place + 7 + length > len(data):
+                break  # is being written
+            assert kind == 1  # whole: the file is smaller than a block
+            record = Record.FromString(data[place + 7 : place + 7 + length])
+            values = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+            if name in values:
+                found.append((values["_step"], values[name]))
+            place += 7 + length
+    return found
+
+
+def read_whole(
+    read: Callable[[Path, str], list[tuple[int, float]]], folder: Path, name: str, count: int
+) -> list[tuple[int, float]]:
+    """Read until there are so many values, for some seconds: the process of wandb writes its file when it can."""
+    deadline = time.monotonic() + 20
+    while len(found := read(folder, name)) < count and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.no_mutants
+@pytest.mark.filterwarnings("ignore")  # of the libraries
+@pytest.mark.parametrize(("library", "read"), [("tensorboard", read_tensorboard), ("wandb", read_wandb)])
+def test_resumed_run_is_tracked_without_a_network(
+    library: str,
+    read: Callable[[Path, str], list[tuple[int, float]]],
+    cache_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    pytest.importorskip(library)
+    options = {"report_to": (library,), "checkpoint_s": 0}
+    with interrupted_after(3), pytest.raises(InterruptedError):
+        run(cache_path, tmp_path / "run", **options)
+    time.sleep(1)  # wandb names a folder by the second
+    run(cache_path, tmp_path / "run", **options)
+    steps, losses = zip(
+        *((line["step"], line["loss"]) for line in log_lines(tmp_path / "run") if "loss" in line), strict=True
+    )
+    found = read_whole(read, tmp_path, "loss", len(losses))
+    assert tuple(step for step, _ in found) == steps
+    np.testing.assert_allclose([value for _, value in found], losses, rtol=1e-6)
+    assert capsys.readouterr().out == ""
+    assert run(cache_path, tmp_path / "run").reused  # where a run is reported is not one of its settings
+
+
+def test_tracker_that_cannot_start_is_one_error(cache_path: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    (tmp_path / "tensorboard").touch()
+    with pytest.raises(SettingError, match="tensorboard cannot start"):
+        RunLog(tmp_path, num_bytes=0, step=0, report_to=["tensorboard"])
+    with pytest.raises(UnknownNameError, match="tensorbord"):
+        run(cache_path, tmp_path / "other", report_to=("tensorbord",))
+    assert not (tmp_path / "other").exists()
