@@ -31,16 +31,9 @@ def s3_server() -> Iterator[str]:
     server.stop()
 
 
-@pytest.fixture
-def bucket(s3_server: str) -> Iterator[str]:
-    """Create an empty bucket, set the environment as a user would, and return the URL of the bucket."""
-    with pytest.MonkeyPatch.context() as patch:
-        yield _new_bucket(s3_server, patch)
-
-
 @pytest.fixture(scope="class")
-def class_bucket(s3_server: str) -> Iterator[str]:
-    """Create a bucket that the tests of a class share."""
+def bucket(s3_server: str) -> Iterator[str]:
+    """Create an empty bucket for a test or a class of them, set the environment as a user would, and return its URL."""
     with pytest.MonkeyPatch.context() as patch:
         yield _new_bucket(s3_server, patch)
 
@@ -112,18 +105,9 @@ class WebServer:
         self._thread.join()
 
 
-@pytest.fixture
-def web(tmp_path: Path) -> Iterator[WebServer]:
-    """Serve the folder `tmp_path / "web"`."""
-    (tmp_path / "web").mkdir()
-    server = WebServer(tmp_path / "web")
-    yield server
-    server.stop()
-
-
 @pytest.fixture(scope="class")
-def class_web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebServer]:
-    """Serve a folder that the tests of a class share."""
+def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebServer]:
+    """Serve a folder for a test, or for a class of them."""
     server = WebServer(tmp_path_factory.mktemp("web"))
     yield server
     server.stop()

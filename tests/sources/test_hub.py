@@ -2,13 +2,10 @@
 
 import os
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from embedcache.errors import PathError
-from embedcache.sources import open_source
 from tests.crash import call_elsewhere
 from tests.sources.hub import ask
 
@@ -70,9 +67,3 @@ def test_a_hub_that_is_down_is_one_line(found: dict[str, Any], command: str) -> 
     assert (code, "Traceback" in printed) == (1, False), printed
     assert last.startswith("error: ")
     assert "Connection refused" in last
-
-
-def test_bare_name_has_a_hint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(PathError, match=r"org/name\[de\]@v1 does not exist; if you mean .*hf:org/name\[de\]@v1"):
-        open_source("org/name[de]@v1")

@@ -104,13 +104,6 @@ def test_unreadable_image_raises_item_error() -> None:
             source.read(item)
 
 
-@pytest.mark.parametrize("content", ["{", '{"splits": ["train"]}'])
-def test_damaged_folder_raises(tmp_path: Path, content: str) -> None:
-    write(tmp_path, {"dataset_dict.json": content})
-    with pytest.raises(SourceError, match="cannot load the dataset"):
-        open_source(tmp_path)
-
-
 def test_iterable_dataset_raises() -> None:
     with pytest.raises(SourceError, match=r"Dataset or DatasetDict.*IterableDataset"):
         open_source(colored().to_iterable_dataset())

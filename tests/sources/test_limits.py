@@ -1,15 +1,20 @@
-"""Sources that never end or are too large: devices, pipes, brace patterns, tar headers and captions."""
+"""Sources and items that cannot be read: devices, pipes, endless patterns, large captions, and what no source has."""
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 
-from embedcache.errors import ItemError, PathError, SourceError
-from embedcache.sources import open_source
+from embedcache.errors import ItemError, PathError
+from embedcache.sources import FileItem, open_source
 from embedcache.sources.files import CAPTION_ERROR, read_sidecar
+from embedcache.sources.open import MergedSource, merged_description
 from embedcache.sources.webdataset import expand_braces
 from embedcache.vectors.opening import open_npy
+from tests.cli.run import TOY, succeed
+from tests.edits import no_more_files
+from tests.images import write_images
 from tests.sources.files import jpeg, write
 
 
@@ -29,11 +34,8 @@ def test_devices_and_pipes_are_not_read(tmp_path: Path) -> None:
         open_npy(tmp_path / "pipe")
 
 
-def test_brace_patterns_are_bounded(tmp_path: Path) -> None:
+def test_brace_patterns_are_products() -> None:
     assert len(list(expand_braces("{00..11}-{a,b}.tar"))) == 24
-    for pattern in ("{000..999999999}.tar", "{0..999}{0..999}{a,b}.tar"):
-        with pytest.raises(SourceError, match="expected at most 1,000,000 shards, got"):
-            open_source(str(tmp_path / pattern))
 
 
 @pytest.mark.parametrize(
@@ -45,3 +47,31 @@ def test_bad_caption_file_is_a_row_with_a_reason(value: str) -> None:
     sidecar = read_sidecar({".json": f'{{"caption": {value}}}'.encode()}, "a")
     assert not sidecar.texts
     assert str(sidecar.columns[CAPTION_ERROR]).startswith("a.json")
+
+
+def test_path_with_a_null_character_is_a_failed_row(tmp_path: Path) -> None:
+    write_images(tmp_path / "photos", 2)
+    rows = [{"image": f"photos/{name}.png", "caption": name} for name in ("00000", "00001", "a\0")]
+    (tmp_path / "table.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    shown = succeed("extract", "table.jsonl", "cache", *TOY, cwd=tmp_path)
+    assert "failed 1: 1 expected a path without null characters" in shown
+    source = open_source(tmp_path / "table.jsonl")
+    with pytest.raises(ItemError, match="expected a path without null characters, got .*x00"):
+        source.read(list(source.samples())[2].images[0])
+
+
+def test_too_many_open_files_are_no_fault_of_an_item(tmp_path: Path) -> None:
+    source = open_source(write_images(tmp_path / "photos", 1))
+    (item,) = next(source.samples()).images
+    with no_more_files(), pytest.raises(OSError, match="Too many open files"):
+        source.read(item)
+    assert source.read(item)
+
+
+@pytest.mark.parametrize("path", ["nowhere.png", "2/00000.png", "-1/00000.png", "0/nowhere.png"])
+def test_item_of_no_merged_source(tmp_path: Path, path: str) -> None:
+    source = open_source(write_images(tmp_path / "photos", 2))
+    merged = MergedSource([source, source], merged_description([source.describe()] * 2))
+    assert merged.read(FileItem(path="1/00000.png")) == source.read(FileItem(path="00000.png"))
+    with pytest.raises(ItemError):
+        merged.read(FileItem(path=path))

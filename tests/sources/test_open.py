@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from embedcache.errors import PathError, SourceError, UnknownNameError
+from embedcache.errors import UnknownNameError
 from embedcache.sources import Sample, SourceSettings, open_source
 from embedcache.sources.open import source_credit
 from tests.sources.files import jpeg, reopen, write, write_tar
@@ -55,41 +55,6 @@ def test_described_path_is_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     write(tmp_path, {"images/a.jpg": jpeg()})
     monkeypatch.chdir(tmp_path)
     assert open_source("images").describe()["path"] == str(tmp_path / "images")
-
-
-@pytest.mark.parametrize(
-    ("location", "kind", "error", "word"),
-    [
-        ("nowhere", None, PathError, "exist"),
-        ("", None, SourceError, "openmoji"),
-        ("a.docx", None, SourceError, "openmoji"),
-        ("a.docx", "folder", PathError, "file"),
-        ("a.docx", "foldr", UnknownNameError, "folder"),
-        ("", "coco", PathError, "folder"),
-        ("x", "texts", PathError, "exist"),
-    ],
-)
-def test_location_that_is_no_source_raises(
-    tmp_path: Path, location: str, kind: str | None, error: type[Exception], word: str
-) -> None:
-    write(tmp_path, {"a.docx": b""})
-    with pytest.raises(error, match=word):
-        open_source(tmp_path / location, kind=kind)
-
-
-@pytest.mark.parametrize("kind", ["folder", "table", "prompts", "webdataset", "texts", "hf", "coco"])
-def test_kind_without_a_location_raises(kind: str) -> None:
-    """Not the folder in which the command runs."""
-    with pytest.raises(SourceError, match=f"^{kind}: expected a location after the colon, got none"):
-        open_source(f"{kind}:")
-
-
-@pytest.mark.parametrize("location", ["::", "0.tar::"])
-def test_shards_beside_nothing_raise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, location: str) -> None:
-    write_tar(tmp_path / "0.tar", [("a.jpg", jpeg())])
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SourceError, match=f"^{location}: expected a path on both sides of ::, got nothing on one"):
-        open_source(location)
 
 
 def test_imported_source_reopens(tmp_path: Path) -> None:

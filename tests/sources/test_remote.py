@@ -43,9 +43,9 @@ def write_images(folder: Path) -> Path:
 class TestFolderOnS3(SourceContract):
     @pytest.fixture(scope="class")
     @classmethod
-    def source(cls, tmp_path_factory: pytest.TempPathFactory, class_bucket: str) -> Source:
+    def source(cls, tmp_path_factory: pytest.TempPathFactory, bucket: str) -> Source:
         folder = tmp_path_factory.mktemp("source")
-        return open_source(upload(write_images(folder), f"{class_bucket}/deep/images"))
+        return open_source(upload(write_images(folder), f"{bucket}/deep/images"))
 
     def test_samples_equal_those_of_the_local_folder(self, tmp_path: Path, source: Source) -> None:
         assert list(source.samples()) == list(open_source(write_images(tmp_path)).samples())
@@ -54,9 +54,9 @@ class TestFolderOnS3(SourceContract):
 class TestFolderOfShardsOnS3(SourceContract):
     @pytest.fixture(scope="class")
     @classmethod
-    def source(cls, tmp_path_factory: pytest.TempPathFactory, class_bucket: str) -> Source:
+    def source(cls, tmp_path_factory: pytest.TempPathFactory, bucket: str) -> Source:
         folder = tmp_path_factory.mktemp("source")
-        return open_source(upload(shards(folder, 2), f"{class_bucket}/shards"))
+        return open_source(upload(shards(folder, 2), f"{bucket}/shards"))
 
     def test_samples_equal_those_of_the_local_folder(self, tmp_path: Path, source: Source) -> None:
         assert list(source.samples()) == list(open_source(shards(tmp_path, 2)).samples())
@@ -65,19 +65,19 @@ class TestFolderOfShardsOnS3(SourceContract):
 class TestParquetByHttp(SourceContract):
     @pytest.fixture(scope="class")
     @classmethod
-    def source(cls, class_web: WebServer) -> Source:
-        write_parquet(class_web.folder / "t.parquet", image=IMAGES, caption=list(COLORS))
-        return open_source(f"{class_web.url}/t.parquet")
+    def source(cls, web: WebServer) -> Source:
+        write_parquet(web.folder / "t.parquet", image=IMAGES, caption=list(COLORS))
+        return open_source(f"{web.url}/t.parquet")
 
 
 class TestTableHereOfUrls(SourceContract):
     @pytest.fixture(scope="class")
     @classmethod
-    def source(cls, tmp_path_factory: pytest.TempPathFactory, class_web: WebServer, class_bucket: str) -> Source:
+    def source(cls, tmp_path_factory: pytest.TempPathFactory, web: WebServer, bucket: str) -> Source:
         folder = tmp_path_factory.mktemp("source")
-        write(class_web.folder, {"0.jpg": IMAGES[0], "1.jpg": IMAGES[1]})
-        upload(class_web.folder, f"{class_bucket}/x")
-        urls = [f"{class_web.url}/0.jpg?size=1", f"{class_bucket}/x/1.jpg"]
+        write(web.folder, {"0.jpg": IMAGES[0], "1.jpg": IMAGES[1]})
+        upload(web.folder, f"{bucket}/x")
+        urls = [f"{web.url}/0.jpg?size=1", f"{bucket}/x/1.jpg"]
         return open_source(write_parquet(folder / "t.parquet", image=urls, caption=["a", "b"]))
 
 
@@ -104,9 +104,9 @@ def test_missing_credentials_raise(bucket: str, monkeypatch: pytest.MonkeyPatch)
         open_source(f"{bucket}/x.tar")
 
 
-def test_missing_image_raises_item_error(tmp_path: Path, bucket: str, web: WebServer) -> None:
-    shards(tmp_path / "web", 1)
-    upload(tmp_path / "web", bucket)
+def test_missing_image_raises_item_error(bucket: str, web: WebServer) -> None:
+    shards(web.folder, 1)
+    upload(web.folder, bucket)
     for url in (f"{web.url}/00000.tar", f"{bucket}/00000.tar", f"{bucket}/{{00000..00000}}.tar"):
         source = open_source(url)
         with pytest.raises(ItemError, match=rf"no such file: {url.rpartition('/')[0]}/gone.tar"):
@@ -136,9 +136,9 @@ def test_server_without_range_requests_raises(tmp_path: Path, name: str) -> None
         server.stop()
 
 
-def test_adjacent_items_cost_one_request_per_block(tmp_path: Path, web: WebServer) -> None:
+def test_adjacent_items_cost_one_request_per_block(web: WebServer) -> None:
     data = np.random.default_rng(0).bytes(100_000)
-    write_tar(tmp_path / "web" / "0.tar", [(f"{n:03d}.jpg", data) for n in range(200)])
+    write_tar(web.folder / "0.tar", [(f"{n:03d}.jpg", data) for n in range(200)])
     source = open_source(f"{web.url}/0.tar")
     items = [sample.images[0] for sample in source.samples()]
     assert len(web.sent) == 3  # of 8 MiB, for 20 MB
@@ -149,9 +149,9 @@ def test_adjacent_items_cost_one_request_per_block(tmp_path: Path, web: WebServe
     assert sum(web.sent) / (200 * len(data)) < 1.05
 
 
-def test_only_one_row_group_is_read(tmp_path: Path, web: WebServer) -> None:
+def test_only_one_row_group_is_read(web: WebServer) -> None:
     images = [np.random.default_rng(n).bytes(500_000) for n in range(20)]
-    write_parquet(tmp_path / "web" / "t.parquet", row_group_size=2, image=images, caption=["x"] * 20)
+    write_parquet(web.folder / "t.parquet", row_group_size=2, image=images, caption=["x"] * 20)
     source = open_source(f"{web.url}/t.parquet")
     samples = list(source.samples())
     assert sum(web.sent) < 5_000_000  # captions of ten groups, each with what is read ahead

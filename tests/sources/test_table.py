@@ -3,7 +3,6 @@ import json
 from datetime import datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -79,35 +78,6 @@ def test_rows_of_one_key_are_one_sample(tmp_path: Path) -> None:
     assert first.texts == (TextItem(text="one", language="en"), TextItem(text="zwei", language="de"))
     assert [text.text for text in second.texts] == ["three"]
     assert list(reopen(source.describe()).samples()) == [first, second]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "settings", "word"),
-    [
-        ("t.csv", "filename;caption\na.jpg;one\n", {}, "--delimiter"),
-        ("t.csv", 'image,caption\na.jpg,one\nb.jpg,"two" three\n', {}, "line 3"),
-        ("t.csv", 'image,caption\na.jpg,"5 inch pipe\nb.jpg,a "big" dog\n', {}, "line 3"),
-        ("t.csv", "caption,caption\na,b\n", {}, "twice"),
-        ("t.csv", '"caption" x,y\na,b\n', {}, "line 1"),
-        ("t.csv", 'caption,image\nx\n"y,z', {}, "line"),
-        ("t.csv", "words\nx\n", {}, "--item-column MODALITY=COLUMN and --caption-column"),
-        ("t.csv", "words\nx\n", {"item_columns": {"image": "image"}}, "--item-column image"),
-        ("t.csv", "words\nx\n", {"caption_columns": ("text",)}, "--caption-column"),
-        ("t.csv", "caption\nx\n", {"omit_columns": ("number",)}, "--omit-column"),
-        ("t.csv", "caption\nx\n", {"language_column": "lang"}, "--language-column"),
-        ("t.csv", "image,caption,split\na,x,train\na,y,test\n", {"key_column": "image"}, "split"),
-        ("t.csv", "image,caption,id\na,x,0\nb,y,0\n", {"key_column": "id"}, "images"),
-        ("t.jsonl", '{"caption": "x"}\n{"capt', {}, "line 2"),
-        ("t.jsonl", '{"caption": "a", "caption": "b"}\n', {}, "twice"),
-        ("t.parquet", b"PAR1 no parquet", {}, "parquet"),
-    ],
-)
-def test_table_that_cannot_be_read_raises(
-    tmp_path: Path, name: str, content: bytes | str, settings: dict[str, Any], word: str
-) -> None:
-    write(tmp_path, {name: content})
-    with pytest.raises(SourceError, match=word):
-        list(open_source(tmp_path / name, settings=SourceSettings(**settings)).samples())
 
 
 def test_rows_of_one_key_must_be_adjacent(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@ from pathlib import Path
 
 import pytest
 
-from embedcache.errors import PathError, SourceError, UnknownNameError
 from embedcache.sources import Sample, Source, SourceSettings, open_source
 from embedcache.testing.sources import SourceContract
 from tests.sources.files import reopen, write
@@ -81,45 +80,6 @@ def test_paths_of_classes_may_have_plus(
     assert list(reopen(source.describe()).samples()) == samples
 
 
-@pytest.mark.parametrize(
-    ("files", "location", "error", "word"),
-    [
-        ({}, "none.json", PathError, "none.json"),
-        ({}, "", SourceError, "classnames.txt"),
-        ({"n.txt": ""}, "n.txt", SourceError, "n.txt"),
-        ({"n.txt": "a\n\nb"}, "n.txt", SourceError, "blank"),
-        ({"n.txt": "a", "t.txt": "a photo"}, "n.txt+t.txt", SourceError, "{c}"),
-        ({"n.txt": "a", "t.txt": b"\xff{c}"}, "n.txt+t.txt", SourceError, "UTF-8"),
-        ({"p.json": "[1]"}, "p.json", SourceError, "object"),
-        ({"p.json": '{"cat": ["x"], "cat": ["y"]}'}, "p.json", SourceError, "twice"),
-        ({"p.json": '{"cat": ["x"], "dog": []}'}, "p.json", SourceError, "dog"),
-        ({"p.json": '{"cat": "x"}', "t.txt": "{c}"}, "p.json+t.txt", SourceError, "already"),
-    ],
-)
-def test_invalid_files_raise(
-    tmp_path: Path, files: dict[str, bytes | str], location: str, error: type[Exception], word: str
-) -> None:
-    write(tmp_path, files)
-    place = "+".join(f"{tmp_path}/{part}" for part in location.split("+"))
-    with pytest.raises(error, match=word):
-        samples_of(place)
-
-
-@pytest.mark.parametrize(
-    ("location", "languages", "error", "word"),
-    [
-        ("imagenet", (), UnknownNameError, "imagenet1k"),
-        ("imagenet1k", ("de",), SourceError, "ar, cn, en"),
-        ("imagenet1k", ("en", "it"), SourceError, "one language"),
-    ],
-)
-def test_unknown_datasets_and_languages_raise(
-    location: str, languages: tuple[str, ...], error: type[Exception], word: str
-) -> None:
-    with pytest.raises(error, match=word):
-        samples_of(location, *languages)
-
-
 TEXTS = ["a photo of a cat", "ein Käse", "猫"]
 
 
@@ -136,10 +96,3 @@ def test_one_sample_per_line(tmp_path: Path) -> None:
     samples = list(open_source(tmp_path / "p.txt").samples())
     assert [item.text for sample in samples for item in sample.texts] == ["one", "", "three"]
     assert [sample.key for sample in samples] == ["p/0", "p/1", "p/2"]
-
-
-@pytest.mark.parametrize(("name", "words"), [("t.npy", "expected a file of texts"), ("t.txt", "t.txt .*as UTF-8")])
-def test_other_files_raise(tmp_path: Path, name: str, words: str) -> None:
-    write(tmp_path, {name: b"\xff"})
-    with pytest.raises(SourceError, match=words):
-        list(open_source(f"texts:{tmp_path / name}").samples())
