@@ -1,10 +1,14 @@
-"""Several processes of this machine on one cache."""
+"""Several processes on one cache, of this machine and without record locks."""
 
+import errno
+import fcntl
 import os
+import re
 import signal
 import threading
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +16,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedcache.errors import EmbedcacheError, SettingError, UnfinishedError
+from embedcache.errors import EmbedcacheError, PathError, SettingError, UnfinishedError
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
+from embedcache.files import SKIP_LOCKS, Leases, has_locks, locked
 from embedcache.sources import open_source
-from tests.crash import forked_workers, running_processes
-from tests.extract.cases import FEATURES, NUM_IMAGES, extract_slowly, run, same_bytes
+from embedcache.store.cache import Cache
+from embedcache.store.verify import verify
+from tests.crash import call, forked_workers, running_processes, start, start_call
+from tests.extract.cases import FEATURES, NUM_IMAGES, extract_slowly, run, same_bytes, tree
 from tests.images import write_images
 from tests.recorded import RecordedProgress
 from tests.toy import IMAGE, TEXT
@@ -66,6 +73,22 @@ def test_killed_process_leaves_its_chunks_to_others(
     assert same_bytes(one_process, tmp_path / "c")
 
 
+@pytest.mark.slow
+def test_two_processes_share_the_chunks(source: Path, one_process: Path, tmp_path: Path) -> None:
+    words = ["extract", str(source), str(tmp_path / "c"), "--feature", ",".join(FEATURES), "--chunk-size", "8"]
+    words += ["--image-encoder", f"{IMAGE},delay_ms=50", "--text-encoder", TEXT, "--device", "cpu"]
+    outputs = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    processes = [start(words, output=output) for output in outputs]
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    encoded = re.findall(r"encoded (\d+) (image|text)s", "".join(output.read_text() for output in outputs))
+    for modality in ("image", "text"):
+        num_encoded = sum(int(count) for count, kind in encoded if kind == modality)
+        assert num_encoded == NUM_IMAGES, "no chunk was encoded twice"
+    assert same_bytes(one_process, tmp_path / "c")
+
+
 @given(st.integers(1, 4), st.integers(1, 4), st.data())
 def test_parts_of_a_shard_cover_it_once(num_shards: int, num_parts: int, data: st.DataObject) -> None:
     whole = ExtractSettings(shard=f"{data.draw(st.integers(0, num_shards - 1))}/{num_shards}")
@@ -107,3 +130,62 @@ def test_invalid_request_is_rejected_before_indexing(
 def test_invalid_shard_raises(shard: str) -> None:
     with pytest.raises(SettingError, match="shard"):
         ExtractSettings(shard=shard)
+
+
+SETTINGS: dict[str, Any] = {"features": ("cls", "patches", "tokens"), "chunk_size": 8}
+
+
+def disable_locks(code: int) -> None:
+    """Make every record lock of this process fail, as the system call does."""
+
+    def fail(*_: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    fcntl.lockf = fail  # type: ignore[assignment]
+
+
+def extract_shard(code: int, source: Path, cache: Path, shard: str) -> None:
+    disable_locks(code)
+    os.environ[SKIP_LOCKS] = "1"
+    run(source, cache, shard=shard, **SETTINGS)
+
+
+@pytest.mark.slow
+def test_shards_can_do_without_locks(tmp_path: Path) -> None:
+    source = write_images(tmp_path / "source", 40)
+    run(source, tmp_path / "whole", **SETTINGS)
+    codes = (errno.ENOLCK, errno.ENOSYS)
+    shards = [start_call(extract_shard, code, source, tmp_path / "c", f"{i}/2") for i, code in enumerate(codes)]
+    for shard in shards:
+        shard.join()
+    assert [shard.exitcode for shard in shards] == [0, 0]
+    assert tree(tmp_path / "c") == tree(tmp_path / "whole")
+    assert verify(Cache(tmp_path / "c")) == []
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_missing_locks_are_one_line(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fcntl, "lockf", fcntl.lockf)
+    disable_locks(code)
+    expected = r"has no record locks \(.*\); set EMBEDCACHE_SKIP_LOCKS=1"
+    with pytest.raises(PathError, match=expected), locked(tmp_path):
+        pass
+    with pytest.raises(PathError, match=expected):
+        Leases(tmp_path).acquire(3)
+    monkeypatch.setenv(SKIP_LOCKS, "1")
+    with locked(tmp_path):
+        assert Leases(tmp_path).acquire(3)
+    assert not has_locks(tmp_path)
+
+
+def acquire(folder: Path, *, is_free: bool) -> None:
+    assert Leases(folder).acquire(3) == is_free
+
+
+@pytest.mark.slow
+def test_all_leases_are_one_process_s(tmp_path: Path) -> None:
+    own = Leases(tmp_path)
+    assert own.acquire(None)
+    call(partial(acquire, is_free=False), tmp_path)
+    own.release(None)
+    call(partial(acquire, is_free=True), tmp_path)

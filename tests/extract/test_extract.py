@@ -1,8 +1,9 @@
-"""What an extraction stores, and what it rejects."""
+"""What an extraction plans, stores and rejects."""
 
 import shutil
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +11,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from embedcache.encoders.base import EncoderSettings
 from embedcache.encoders.open import open_encoder
-from embedcache.errors import CorruptError, FingerprintError, PathError, SettingError, SourceError
-from embedcache.extract.extract import extract
+from embedcache.errors import CorruptError, DiskFullError, FingerprintError, PathError, SettingError, SourceError
+from embedcache.extract.extract import Plan, PlannedFeature, extract, plan
 from embedcache.extract.settings import ExtractSettings
 from embedcache.sources import SourceSettings, open_source, read_below
 from embedcache.sources.images import decode_image
 from embedcache.store.cache import Cache
 from tests.crash import forked_workers
-from tests.extract.cases import lines, run, tree
+from tests.encoders.checkpoints import save_timm
+from tests.extract.cases import FEATURES, lines, run, tree
 from tests.images import write_images
 from tests.toy import IMAGE, TEXT
 
@@ -239,3 +242,72 @@ def test_source_without_captions_has_no_texts(tmp_path: Path) -> None:
     table = folder / "captions.csv"
     table.write_text("image,caption\n00000.png,one\n00001.png,two\n")
     assert [report.computed for report in run(table, tmp_path / "c")] == [2, 2], "the folder's index is replaced"
+
+
+SETTINGS = ExtractSettings(features=FEATURES, chunk_size=64)
+
+
+def planned_for(image_folder: Path, cache: Path, settings: ExtractSettings = SETTINGS) -> Plan:
+    return plan(open_source(image_folder), cache, image_encoder=[IMAGE], text_encoder=[TEXT], settings=settings)
+
+
+@pytest.mark.slow
+def test_planned_bytes_match_the_stored_features(image_folder: Path, tmp_path: Path) -> None:
+    planned = planned_for(image_folder, tmp_path / "c")
+    assert [feature.name for feature in planned.features] == ["open_toy/cls", "open_toy/patches", "open_toy/tokens"]
+    assert [feature.num_items for feature in planned.features] == [300, 300, 300]
+    run(image_folder, tmp_path / "c", features=FEATURES)
+    for feature in planned.features:
+        folder = tmp_path / "c" / feature.modality / feature.name
+        stored = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.name != "zarr.json")
+        assert feature.num_items * feature.item_bytes == pytest.approx(stored, rel=0.1)  # the last chunk is padded
+
+
+def test_plan_measures_a_rate_and_stores_nothing(image_folder: Path, tmp_path: Path) -> None:
+    planned = planned_for(image_folder, tmp_path / "c")
+    assert not [name for name in tree(tmp_path / "c") if "chunks" in name or "/c/" in name]
+    assert planned.rates["image"] > 1
+    assert planned.hours("image") == pytest.approx(300 / planned.rates["image"] / 3600)
+
+
+@pytest.mark.slow
+def test_plan_skips_existing_chunks(image_folder: Path, tmp_path: Path) -> None:
+    run(image_folder, tmp_path / "c", features=("cls",), chunk_size=64, shard="0/5")
+    planned = planned_for(image_folder, tmp_path / "c")
+    assert {feature.name: feature.num_items for feature in planned.features}["open_toy/cls"] == 236
+    run(image_folder, tmp_path / "c", features=FEATURES)
+    assert planned_for(image_folder, tmp_path / "c").features == []
+
+
+def test_plan_beyond_disk_space_raises() -> None:
+    feature = PlannedFeature(name="e/patches", modality="image", num_items=20_000_000, item_bytes=530_000)
+    planned = Plan(
+        cache=Path("c"),
+        features=[feature],
+        rates={"image": 1000.0},
+        num_processes=2,
+        free_bytes=10**12,
+        chunk_size=2048,
+    )
+    assert planned.hours("image") == pytest.approx(2.78, abs=0.01)
+    assert planned.memory_bytes == 2 * 2048 * 530_000
+    with pytest.raises(DiskFullError, match=r"expected 10,600\.48 GB of free disk space, got 1,000\.00 GB"):
+        planned.check_space()
+    replace(planned, free_bytes=None).check_space()
+
+
+@pytest.mark.slow
+def test_stored_features_keep_precision_and_backend(tmp_path: Path) -> None:
+    photos = open_source(write_images(tmp_path / "photos", 8))
+    encoder = f"timm:test_vit,weights={save_timm('test_vit', tmp_path, seed=0)}"
+
+    def run(**options: object) -> None:
+        settings = ExtractSettings(devices=("cpu",), encoder=EncoderSettings(**options))  # type: ignore[arg-type]
+        extract(photos, tmp_path / "c", image_encoder=[encoder], settings=settings)
+
+    run(precision="bfloat16")
+    run()
+    fingerprint = Cache(tmp_path / "c").feature("image").fingerprint
+    assert (fingerprint["precision"], fingerprint["backend"]) == ("bfloat16", "torch")
+    with pytest.raises(FingerprintError, match="precision: stored 'bfloat16', requested 'float32'"):
+        run(precision="float32")
