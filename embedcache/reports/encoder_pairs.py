@@ -25,14 +25,17 @@ _NOTES = {
 
 def encoder_pairs_table(report: PairsReport) -> Table:
     """Return all metrics with their 95% intervals: one row per pair, best probe first, and a last row for chance."""
-    probes = [f"probe {direction} R@10" for direction in report.chance]
-    columns = [" × ".join(report.pairs[0].features), *probes, "mutual kNN", "debiased CKA"]
     rows = []
     for pair in report.pairs:
         estimates = (*pair.recalls.values(), pair.mutual_knn, pair.debiased_cka)
         rows.append([" × ".join(pair.features.values()), *map(str, estimates)])
-    chance = [*map(str, report.chance.values()), format_fraction(report.knn_chance)]
-    return columns, [*rows, ["chance", *chance, format_fraction(0.0)]]
+
+    # The expected debiased CKA of unrelated features is 0.
+    chance = [*map(str, report.chance.values()), format_fraction(report.knn_chance), format_fraction(0.0)]
+    rows.append(["chance", *chance])
+
+    probes = [f"probe {direction} R@10" for direction in report.chance]
+    return [" × ".join(report.pairs[0].features), *probes, "mutual kNN", "debiased CKA"], rows
 
 
 def encoder_pairs_json(report: PairsReport) -> dict[str, Any]:
@@ -41,23 +44,24 @@ def encoder_pairs_json(report: PairsReport) -> dict[str, Any]:
     A pair has its features by modality, such as `image` and `text`, and the recalls of its probe, such as `i2t`.
     """
     values = asdict(report)
-    pairs = [{**pair.pop("features"), **pair.pop("recalls"), **pair} for pair in values["pairs"]]
+    pairs = []
+    for pair in values["pairs"]:
+        features = pair.pop("features")
+        recalls = pair.pop("recalls")
+        pairs.append({**features, **recalls, **pair})
     return {**values, "pairs": pairs, "rows": report.rows, "centred": True}
 
 
 def present_encoder_pairs(report: PairsReport) -> Presentation:
     """Return the presentation of a comparison, with one heat map per metric."""
+    sections = [Section(title="All pairs, best probe first", table=encoder_pairs_table(report))]
+    for metric, name in METRICS.items():
+        sections.append(Section(title=name, notes=[_NOTES[metric]], figures=partial(_heat_maps, report, metric)))
     return Presentation(
         title="Encoder pairs",
         lines=report.lines(),
         warnings=report.skipped,
-        sections=[
-            Section(title="All pairs, best probe first", table=encoder_pairs_table(report)),
-            *(
-                Section(title=name, notes=[_NOTES[metric]], figures=partial(_heat_maps, report, metric))
-                for metric, name in METRICS.items()
-            ),
-        ],
+        sections=sections,
         record=lambda: {"pairs": encoder_pairs_json(report)},
     )
 
@@ -71,25 +75,39 @@ def _heat_maps(report: PairsReport, metric: str) -> list[str]:
     Both are in order of their mean probe, best first, so that the heat maps of all metrics have the same layout.
     """
     first_names, second_names = (_by_probe(report.pairs, modality) for modality in report.pairs[0].features)
+    values = np.empty((len(first_names), len(second_names)))
+    intervals = np.empty(values.shape, object)
+    for pair in report.pairs:
+        first, second = pair.features.values()
+        cell = first_names.index(first), second_names.index(second)
+        values[cell] = pair.value(metric)
+        intervals[cell] = _interval(pair, metric)
+
+    # Colors start at 0, so that a small difference looks small.
     axes = open_axes(0.9 + 0.55 * len(first_names), width=2.6 + 1.35 * len(second_names))
-    pairs = {tuple(pair.features.values()): pair for pair in report.pairs}
-    values = np.array([[pairs[first, second].value(metric) for second in second_names] for first in first_names])
-    lowest = min(0.0, values.min())  # colors start at 0, so that a small difference looks small
+    lowest = min(0.0, values.min())
     darkest = lowest + (values.max() - lowest) / _DARKEST
     axes.imshow(values, cmap="Blues", vmin=lowest, vmax=darkest, aspect="auto")
+
     centered: dict[str, Any] = {"ha": "center", "va": "center", "color": "#1f2933"}
-    for row, first in enumerate(first_names):
-        for column, second in enumerate(second_names):
-            axes.text(column, row - 0.12, format_fraction(values[row, column]), **centered)
-            axes.text(column, row + 0.25, _interval(pairs[first, second], metric), fontsize=7, **centered)
-    axes.set_xticks(range(len(second_names)), [name.replace("/", "/\n", 1) for name in second_names], fontsize=8)
-    axes.set_yticks(range(len(first_names)), [name.replace("/", "/\n", 1) for name in first_names], fontsize=8)
+    for (row, column), value in np.ndenumerate(values):
+        axes.text(column, row - 0.12, format_fraction(value), **centered)
+        axes.text(column, row + 0.25, intervals[row, column], fontsize=7, **centered)
+
+    axes.set_xticks(range(len(second_names)), list(map(_break_name, second_names)), fontsize=8)
+    axes.set_yticks(range(len(first_names)), list(map(_break_name, first_names)), fontsize=8)
     axes.tick_params(length=0, colors=INK)
     axes.spines[:].set_visible(False)
     return [svg(axes.figure)]
 
 
+def _break_name(feature: str) -> str:
+    """Return the name of a feature in two lines, encoder and feature."""
+    return feature.replace("/", "/\n", 1)
+
+
 def _by_probe(pairs: Sequence[PairMetrics], modality: str) -> list[str]:
+    """Return the features of a modality in order of their mean probe, best first."""
     probes = defaultdict(list)
     for pair in pairs:
         probes[pair.features[modality]].append(pair.probe)
@@ -97,7 +115,7 @@ def _by_probe(pairs: Sequence[PairMetrics], modality: str) -> list[str]:
 
 
 def _interval(pair: PairMetrics, metric: str) -> str:
-    """Return the interval of a metric; of the probe, which has none, the value of each direction."""
+    """Return the interval of a metric. The probe has none, so return the value of each direction."""
     estimate = getattr(pair, metric)
     if isinstance(estimate, Estimate):
         return f"[{format_fraction(estimate.low)}, {format_fraction(estimate.high)}]"

@@ -13,7 +13,9 @@ from embedcache.metrics import Estimate
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-INK, SOFT, GRID = "#52606d", "#9aa5b1", "#e4e7eb"
+INK = "#52606d"
+SOFT = "#9aa5b1"
+GRID = "#e4e7eb"
 COLORS = ("#2563eb", "#0d9488", "#9333ea", "#ea580c", "#db2777", "#ca8a04", "#111827")
 """Colors of series, in this order."""
 
@@ -66,9 +68,12 @@ def estimate_bars(
     for position, estimate in enumerate(estimates.values()):
         axes.barh(position, estimate.value, color=colors[position % len(colors)], height=height)
         axes.plot([estimate.low, estimate.high], [position, position], color="#111827", linewidth=1.5)
+
     axes.set_yticks(range(len(estimates)), list(estimates))
+    # Axes that share their y-axis are inverted once.
     if not axes.yaxis_inverted():
-        axes.invert_yaxis()  # once for axes that share it
+        axes.invert_yaxis()
+
     if is_gain:
         axes.axvline(0, color=INK, linewidth=0.8)
         axes.locator_params(axis="x", nbins=5)
@@ -83,8 +88,10 @@ def histogram(values_N: Floats, *, x: str, y: str, limit: float | None = None) -
     axes = open_axes(3)
     counts, edges = np.histogram(values_N[np.isfinite(values_N)], bins=_NUM_BINS)
     width = edges[1] - edges[0]
+    # A bar with values on both sides of the limit has the color of its middle.
     is_above = np.zeros(_NUM_BINS, bool) if limit is None else edges[:-1] + width / 2 >= limit
     axes.bar(edges[:-1], counts, width=0.92 * width, align="edge", color=np.where(is_above, BAD, COLORS[0]))
+
     if limit is not None:
         axes.axvline(limit, color=BAD, linestyle="--")
     axes.set_yscale("symlog", linthresh=1)
@@ -95,20 +102,23 @@ def histogram(values_N: Floats, *, x: str, y: str, limit: float | None = None) -
 def svg(figure: "Figure") -> str:
     """Return a figure as an SVG element to be placed inside a page; names with dollar signs are drawn as they are.
 
-    Letters are shapes, so that a page looks alike everywhere. If the font lacks one, such as those of Chinese names,
-    all are text, which the browser draws in fonts of its own.
+    Letters are shapes, so that a page looks alike everywhere. If the font lacks one, such as a Chinese character, all
+    are text, which the browser draws in its own fonts.
     """
     from matplotlib import rc_context
     from matplotlib.text import Text
     from matplotlib.ticker import LogFormatter, NullFormatter
 
-    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
-        if isinstance(axis.get_major_formatter(), LogFormatter):  # which writes powers as formulas
-            axis.set_major_formatter(_NUMBER)
-            axis.set_minor_formatter(NullFormatter())
+    # The formatter of logarithmic axes writes powers as formulas, which are not parsed below.
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            if isinstance(axis.get_major_formatter(), LogFormatter):
+                axis.set_major_formatter(_NUMBER)
+                axis.set_minor_formatter(NullFormatter())
     for text in figure.findobj(Text):
         text.set_parse_math(False)
 
+    # matplotlib only warns of a missing letter, after it drew a box instead.
     try:
         with catch_warnings():
             filterwarnings("error", _MISSING_LETTER)
@@ -123,4 +133,5 @@ def _save_svg(figure: "Figure") -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True)
     text = buffer.getvalue()
+    # Without the XML declaration, which is allowed only at the beginning of a file.
     return text[text.index("<svg") :]

@@ -1,4 +1,4 @@
-"""Items on pages: the one place where an image, a text, a recording or a video of a cache becomes part of a page."""
+"""Items on pages: the one place where an image, a text, an audio or a video of a cache becomes part of a page."""
 
 import logging
 from collections.abc import Sequence
@@ -17,7 +17,8 @@ from embedcache.store.cache import Cache, RowReader
 
 _log = logging.getLogger(__name__)
 
-_PLAYER_BYTES, _PAGE_BYTES = 2**18, 2**22
+_PLAYER_BYTES = 2**18
+_PAGE_BYTES = 2**22
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +27,10 @@ class PageItem:
 
     Args:
         text: the text or caption.
-        image_url: the image as a `data:` URL; of a recording its spectrogram, of a video its middle frame.
-        player_url: the recording or video as a `data:` URL, if it is short enough for a page.
-        modality: what it is.
+        image_url: the image as a `data:` URL, or the spectrogram of an audio, or the middle frame of a video.
+        player_url: the audio or video as a `data:` URL, if it is short enough for a page.
+        modality: modality of the item.
+        is_correct: whether the item is a correct result.
     """
 
     text: str = ""
@@ -40,7 +42,15 @@ class PageItem:
 
 @dataclass(frozen=True, kw_only=True)
 class QueryExample:
-    """A query with its top results, best first; how it went; and a correct item, if none is among the results."""
+    """A query with its top results, best first.
+
+    Args:
+        query: item of the query.
+        outcome: one line on how good the results are.
+        is_correct: whether the outcome is good.
+        results: top results.
+        answer: a correct item, if none is among the results.
+    """
 
     query: PageItem
     outcome: str
@@ -63,26 +73,27 @@ def ranked_example(query: PageItem, results: Sequence[PageItem], *, rank: int, a
 def sample_outcomes(is_correct_N: Bools, num_each: int) -> list[int]:
     """Sample the positions of `num_each` correct outcomes, then of as many wrong ones, or as many as there are."""
     rng = np.random.default_rng(0)
-    return [
-        int(position)
-        for outcome_N in (is_correct_N, ~is_correct_N)
-        for position in rng.permutation(np.flatnonzero(outcome_N))[:num_each]
-    ]
+    positions: list[int] = []
+    for outcome_N in (is_correct_N, ~is_correct_N):
+        positions += rng.permutation(np.flatnonzero(outcome_N))[:num_each].tolist()
+    return positions
 
 
 class ItemRenderer:
     """Renderer of items of one modality for a page.
 
-    An item has the key of its sample, and the name of its file if the key does not give it; one that cannot be read is
-    represented by these alone. Short recordings and videos have a player, as long as all of them take at most 4 MiB.
+    An item has the key of its sample, and the name of its file if the key does not give it. An item that cannot be read
+    has only these. Short audio and videos have a player, as long as all players together need at most 4 MiB.
     """
 
     def __init__(self, cache: Cache, modality: str) -> None:
-        self._cache, self._modality = cache, modality
+        self._cache = cache
+        self._modality = modality
         self._items = RowReader(cache, modality, ["text"] if modality == "text" else ["sample", "path"])
         self._reason: str | None = None
-        self._left_out: set[int] = set()
-        self._silent: set[int] = set()
+        # Sets, because a page may show an item several times and counts it once.
+        self._unpictured_rows: set[int] = set()
+        self._silent_rows: set[int] = set()
         self._bytes_left = _PAGE_BYTES
 
     @property
@@ -107,7 +118,10 @@ class ItemRenderer:
         item = self._items.take(np.array([row])).to_pylist()[0]
         if self._modality == "text":
             return PageItem(text=item["text"], is_correct=is_correct)
-        image_url = player_url = None
+
+        # A file that is gone or damaged costs its picture, not the page.
+        image_url = None
+        player_url = None
         try:
             if self._thumbnails is not None:
                 image_url = self._thumbnails.data_url(row)
@@ -115,7 +129,8 @@ class ItemRenderer:
         except EmbedcacheError as error:
             self._reason = str(error)
         if image_url is None and self._reason is not None:
-            self._left_out.add(row)
+            self._unpictured_rows.add(row)
+
         key = self._cache.key(item["sample"])
         return PageItem(
             text=" · ".join(filter(None, [key, file_name_beside_key(item["path"], key)])),
@@ -131,18 +146,22 @@ class ItemRenderer:
         try:
             played = thumbnails.play(row, min(_PLAYER_BYTES, self._bytes_left))
         except UnplayableError:
-            self._silent.add(row)
+            self._silent_rows.add(row)
             return None
+
+        # Players are parts of the page, which a browser loads as a whole.
         self._bytes_left -= len(played.data)
         return data_url(played.data, played.media_type) + thumbnails.interval_fragment(row)
 
     def warnings(self) -> list[str]:
         """Return how many items are missing from the page, or have no player there, if any, and why."""
-        reason = (self._reason or "").removeprefix(not_shown(self._modality))
-        lines = [f"{self._count(self._left_out, 'is', 'are')} not shown: {reason}"] if self._left_out else []
-        if self._silent:
+        lines = []
+        if self._unpictured_rows:
+            reason = (self._reason or "").removeprefix(not_shown(self._modality))
+            lines.append(f"{self._count(self._unpictured_rows, 'is', 'are')} not shown: {reason}")
+        if self._silent_rows:
             limits = f"{format_bytes(_PLAYER_BYTES)} each, {format_bytes(_PAGE_BYTES)} in total"
-            lines.append(f"{self._count(self._silent, 'has', 'have')} no player: a page holds {limits}")
+            lines.append(f"{self._count(self._silent_rows, 'has', 'have')} no player: a page holds {limits}")
         return lines
 
     def _count(self, rows: set[int], one: str, several: str) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -29,63 +30,97 @@ _MAX_CLASSES = 40
 
 def probe_table(report: ProbeReport) -> Table:
     """Return accuracies: one row per method, one per control, and two for guessing without a feature."""
-    majority, uniform = format_fraction(report.majority), format_fraction(report.uniform)
     rows = []
     for score in report.scores:
-        top1, top5, by_class = score.accuracy, format_fraction(score.top5), str(score.mean_per_class)
-        chosen = [text.format(score.chosen[key]) for key, text in _CHOSEN.items() if key in score.chosen]
-        rows.append([score.method, str(top1), top5, by_class, ", ".join(chosen)])
-    rows += [
-        *([control_name(control), str(control.accuracy), "", "", ""] for control in report.controls),
-        ["the most frequent class", majority, "", uniform, ""],
-        ["a class at random", uniform, "", uniform, ""],
-    ]
+        chosen = []
+        for name, text in _CHOSEN.items():
+            # A method has the settings of its own kind only.
+            if name in score.chosen:
+                chosen.append(text.format(score.chosen[name]))
+        rows.append(
+            [
+                score.method,
+                str(score.accuracy),
+                format_fraction(score.top5),
+                str(score.mean_per_class),
+                ", ".join(chosen),
+            ]
+        )
+
+    for control in report.controls:
+        rows.append([control_name(control), str(control.accuracy), "", "", ""])
+    majority = format_fraction(report.majority)
+    uniform = format_fraction(report.uniform)
+    rows.append(["the most frequent class", majority, "", uniform, ""])
+    rows.append(["a class at random", uniform, "", uniform, ""])
     return ["", "top-1 [95%]", "top-5", "mean per class [95%]", "chosen on validation"], rows
 
 
 def control_name(control: Control) -> str:
     """Return the name of a shuffled-label control with the range of its accuracies."""
-    low, high = format_fraction(min(control.by_shuffle)), format_fraction(max(control.by_shuffle))
+    low = format_fraction(min(control.by_shuffle))
+    high = format_fraction(max(control.by_shuffle))
     return f"{control.method}, labels shuffled {len(control.by_shuffle)} times ({low} to {high})"
 
 
 def few_shot_table(report: ProbeReport) -> Table:
     """Return few-shot accuracies: one row per method, one column per number of training items per class."""
-    shots = sorted({result.shots for result in report.few_shots})
-    accuracies = {(result.method, result.shots): str(result.accuracy) for result in report.few_shots}
-    methods = dict.fromkeys(result.method for result in report.few_shots)
-    columns = ["top-1 [95%]", *(f"{number} per class" for number in shots)]
-    return columns, [[method, *(accuracies[method, number] for number in shots)] for method in methods]
+    shots = _shots(report)
+    accuracies: dict[str, dict[int, str]] = {}
+    for result in report.few_shots:
+        accuracies.setdefault(result.method, {})[result.shots] = str(result.accuracy)
+
+    rows = []
+    for method, by_shots in accuracies.items():
+        rows.append([method, *map(by_shots.__getitem__, shots)])
+    return ["top-1 [95%]", *(f"{number} per class" for number in shots)], rows
+
+
+def _shots(report: ProbeReport) -> list[int]:
+    """Return the numbers of training items per class, ascending."""
+    return sorted({result.shots for result in report.few_shots})
 
 
 def probe_json(report: ProbeReport, dataset: str) -> dict[str, Any]:
-    """Return a report as JSON values with the keys of CLIP_benchmark's files; `details` holds everything else.
+    """Return a report as JSON values with the keys of CLIP_benchmark's files; `details` contains everything else.
 
-    Metrics of logistic regression begin with CLIP_benchmark's `lp_`, those of other methods with the method's name.
+    Metrics of logistic regression begin with CLIP_benchmark's `lp_`, and metrics of other methods with the method's
+    name.
     """
     feature = report.labeled.feature
     metrics: dict[str, float | None] = {}
+    task = "knn"
     for score in report.scores:
         prefix = _PREFIXES.get(score.method, score.method)
         metrics[f"{prefix}_acc1"] = round_json(score.accuracy.value)
         metrics[f"{prefix}_acc5"] = round_json(score.top5)
         metrics[f"{prefix}_mean_per_class_recall"] = round_json(score.mean_per_class.value)
-    is_linear = any(score.method != "knn" for score in report.scores)
+        if score.method != "knn":
+            task = "linear_probe"
+
     return clip_benchmark_json(
-        "linear_probe" if is_linear else "knn",
+        task,
         metrics,
         _details(report),
         dataset=dataset,
         model=feature.spec,
+        # Models that come without a hub have no revision.
         pretrained=feature.fingerprint.get("revision") or f"sha256:{feature.fingerprint['weights'][:16]}",
     )
 
 
 def _details(report: ProbeReport) -> dict[str, Any]:
-    data, settings = report.labeled, report.settings
-    few_shot: dict[str, dict[str, Any]] = {}
+    data = report.labeled
+    settings = report.settings
+    few_shots: dict[str, dict[str, Any]] = {}
     for result in report.few_shots:
-        few_shot.setdefault(result.method, {})[str(result.shots)] = _accuracy_json(result.accuracy)
+        few_shots.setdefault(result.method, {})[str(result.shots)] = _accuracy_json(result.accuracy)
+
+    shuffled = {}
+    for control in report.controls:
+        by_shuffle = list(map(round_json, control.by_shuffle))
+        shuffled[control.method] = {**_accuracy_json(control.accuracy), "by_shuffle": by_shuffle}
+
     return {
         "feature": data.feature.name,
         "modality": data.feature.modality,
@@ -104,14 +139,8 @@ def _details(report: ProbeReport) -> dict[str, Any]:
         "warnings": report.warnings(),
         "chance": {"majority_acc1": round_json(report.majority), "uniform_acc1": round_json(report.uniform)},
         "methods": {score.method: _score_json(score, data.names) for score in report.scores},
-        "shuffled_labels": {
-            control.method: {
-                **_accuracy_json(control.accuracy),
-                "by_shuffle": list(map(round_json, control.by_shuffle)),
-            }
-            for control in report.controls
-        },
-        "few_shot": few_shot,
+        "shuffled_labels": shuffled,
+        "few_shot": few_shots,
         "few_shot_draws": settings.draws if settings.shots else 0,
     }
 
@@ -133,29 +162,37 @@ def _accuracy_json(estimate: Estimate) -> dict[str, Any]:
 
 def present_probe(report: ProbeReport, dataset: str) -> Presentation:
     """Return the presentation of a report, with the few-shot curve and each class."""
-    few_shot = Section(
-        title="Few items per class",
-        notes=[
-            f"Fitted on that many training items per class, {report.settings.draws} draws, at a fixed regularization "
-            "strength; intervals are over draws and test items."
-        ],
-        table=few_shot_table(report) if report.few_shots else None,
-        figures=lambda: [_few_shot_curve(report)],
-    )
+    sections = [_accuracy_section(report)]
+    if report.few_shots:
+        few_shot = Section(
+            title="Few items per class",
+            notes=[
+                f"Fitted on that many training items per class, {report.settings.draws} draws, at a fixed "
+                "regularization strength; intervals are over draws and test items."
+            ],
+            table=few_shot_table(report),
+            figures=lambda: [_few_shot_curve(report)],
+        )
+        sections.append(few_shot)
+
     return Presentation(
         title=f"How well {report.labeled.feature.name} predicts {report.settings.label!r}",
         lines=[report.line()],
         warnings=report.warnings(),
-        sections=[_accuracy_section(report), *([few_shot] if report.few_shots else []), _class_section(report)],
+        sections=[*sections, _class_section(report)],
         record=lambda: probe_json(report, dataset),
     )
 
 
 def _accuracy_section(report: ProbeReport) -> Section:
     notes = []
+    bars = {}
     for score in report.scores:
+        # The docstring of a plug-in's method describes it on the page.
         description = METHODS.load(score.method).__doc__ or "a method of your own"
         notes.append(f"{score.method}: {description.strip().splitlines()[0]}")
+        bars[score.method] = score.accuracy
+
     notes.append("Vectors have length 1; linear methods then center them and divide by one number.")
     if report.controls:
         notes.append(
@@ -163,29 +200,35 @@ def _accuracy_section(report: ProbeReport) -> Section:
             "level; a single shuffle need not be, because a classifier assigns most of a class to one label. Intervals "
             "include the variation between shuffles."
         )
-    rows = {score.method: score.accuracy for score in report.scores}
-    rows |= {f"{control.method}, labels shuffled": control.accuracy for control in report.controls}
+    for control in report.controls:
+        bars[f"{control.method}, labels shuffled"] = control.accuracy
+
     return Section(
         title="Accuracy on the test items",
         notes=notes,
         table=probe_table(report),
-        figures=lambda: [accuracy_bars(rows, max(report.majority, report.uniform))],
+        figures=lambda: [accuracy_bars(bars, max(report.majority, report.uniform))],
     )
 
 
 def _class_section(report: ProbeReport) -> Section:
-    best, data = max(report.scores, key=lambda score: score.accuracy.value), report.labeled
+    data = report.labeled
+    best = max(report.scores, key=lambda score: score.accuracy.value)
     count_C = np.bincount(data.examples.labels[data.rows("test")], minlength=len(data.names))
-    hardest = [c for c in np.argsort(best.recalls, kind="stable") if count_C[c]]
-    shown = hardest[:_MAX_CLASSES]
-    rows = [
-        [data.names[c], format_count(count_C[c]), *(format_fraction(score.recalls[c]) for score in report.scores)]
-        for c in shown
-    ]
-    which = f"The {len(shown)} hardest of {len(hardest):,}" if len(shown) < len(hardest) else "All"
+
+    # A class without test items has no recall and is not listed.
+    hardest = np.argsort(best.recalls, kind="stable")
+    hardest = hardest[count_C[hardest] > 0]
+    num_shown = min(len(hardest), _MAX_CLASSES)
+    rows = []
+    for number in hardest[:num_shown].tolist():
+        recalls = [format_fraction(score.recalls[number]) for score in report.scores]
+        rows.append([data.names[number], format_count(count_C[number]), *recalls])
+
+    listed = f"The {num_shown} hardest of {len(hardest):,}" if num_shown < len(hardest) else "All"
     return Section(
         title="Each class",
-        notes=[f"{which} classes, the hardest for {best.method} first; the figure shows {best.method}."],
+        notes=[f"{listed} classes, the hardest for {best.method} first; the figure shows {best.method}."],
         table=(["", "test items", *(score.method for score in report.scores)], rows),
         num_printed=0,
         figures=lambda: [class_bars(data.names, best.recalls, max(report.majority, report.uniform))],
@@ -194,15 +237,18 @@ def _class_section(report: ProbeReport) -> Section:
 
 def _few_shot_curve(report: ProbeReport) -> str:
     """Draw accuracy by training items per class, and the accuracy with all of them dashed, as an SVG element."""
-    shots = sorted({result.shots for result in report.few_shots})
+    shots = _shots(report)
     axes = open_axes(3.6)
-    for score, color in zip(report.scores, COLORS * len(report.scores), strict=False):
-        results = sorted((r for r in report.few_shots if r.method == score.method), key=lambda result: result.shots)
-        lows, highs = [r.accuracy.low for r in results], [r.accuracy.high for r in results]
-        axes.fill_between(shots, lows, highs, color=color, alpha=0.15, linewidth=0)
-        values = [r.accuracy.value for r in results]
-        axes.plot(shots, values, "o-", color=color, markersize=4, label=score.method)
+    for score, color in zip(report.scores, cycle(COLORS), strict=False):
+        by_shots = {result.shots: result.accuracy for result in report.few_shots if result.method == score.method}
+        accuracies = [by_shots[number] for number in shots]
+        lows_K, values_K, highs_K = np.array([(each.low, each.value, each.high) for each in accuracies]).T
+
+        axes.fill_between(shots, lows_K, highs_K, color=color, alpha=0.15, linewidth=0)
+        axes.plot(shots, values_K, "o-", color=color, markersize=4, label=score.method)
         axes.axhline(score.accuracy.value, color=color, linestyle="--", linewidth=1)
+
+    # Numbers of items are powers of two by default. Their own ticks replace those of the scale.
     axes.set_xscale("log", base=2)
     axes.set_xticks(shots, list(map(str, shots)))
     axes.set_xticks([], minor=True)

@@ -36,7 +36,7 @@ class Section:
         title: title of the section, and of its table in the terminal.
         notes: paragraphs of the page.
         table: table of the page, and of the terminal.
-        num_printed: rows of the table that the terminal shows; None: all.
+        num_printed: rows of the table that the terminal shows, all if None.
         code: command to copy from the page.
         figures: returns SVG elements; called for a page only.
         items: returns items to show side by side; called for a page only.
@@ -55,18 +55,18 @@ class Section:
 
 @dataclass(frozen=True, kw_only=True)
 class Presentation:
-    """What a command shows of a report: in the terminal, as JSON, and as a page.
+    """A report as a command shows it: in the terminal, as JSON, and as a page.
 
     Args:
         lines: results in one line each.
         record: returns the report as JSON values.
         title: title of the page.
         warnings: reasons to doubt the numbers.
-        tiles: main numbers of the page, each with what it is.
+        tiles: main numbers of the page, each with its description.
         sections: sections in order.
         notes: last lines in the terminal, such as the next step.
         renderers: renderers of the items in examples, which know what could not be shown.
-        finish: called after the report was printed and written, such as to raise an error of what it shows.
+        finish: called after the report was printed and written, for example to raise an error about its content.
     """
 
     lines: Sequence[str]
@@ -90,20 +90,21 @@ def present(
     """Return the presentation of a report that is a few lines, or of a list of such reports.
 
     Args:
-        report: its JSON values are those of `to_json`, or else its fields.
-        lines: lines to print; None: those that `line` or `lines` of the report returns.
+        report: a report. Its JSON values are the result of its `to_json`, or else its fields.
+        lines: lines to print. If None, the lines that `line` or `lines` of the report returns.
         notes: last lines in the terminal.
         finish: called after the report was printed and written.
     """
     if lines is None:
-        reports = report if isinstance(report, list | tuple) else [report]
-        lines = [line for each in reports for line in summary(each).split("\n")]
+        lines = []
+        for each in report if isinstance(report, list | tuple) else [report]:
+            lines += summary(each).split("\n")
     record = report.to_json if hasattr(report, "to_json") else partial(to_plain, report)
     return Presentation(lines=lines, record=record, notes=notes, finish=finish)
 
 
 def to_plain(value: Any) -> Any:
-    """Return a report as JSON values: dataclasses become objects, arrays and sequences lists, paths text."""
+    """Return a report as JSON values: dataclasses become objects, arrays and sequences lists, paths strings."""
     if is_dataclass(value) and not isinstance(value, type):
         return {item.name: to_plain(getattr(value, item.name)) for item in fields(value)}
     if isinstance(value, BaseModel):
@@ -111,7 +112,9 @@ def to_plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): to_plain(element) for key, element in value.items()}
     if isinstance(value, list | tuple):
-        return [to_plain(element) for element in value]
+        return list(map(to_plain, value))
+
+    # Arrays and numbers of NumPy.
     if hasattr(value, "tolist"):
         return value.tolist()
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
@@ -128,15 +131,27 @@ def to_html(report: Presentation) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
     # Examples are made before the warnings are read: only then the renderers know which items they could not show.
-    sections = [
-        (section, _find_numbers(section.table), section.figures(), section.items(), section.examples())
-        for section in report.sections
-    ]
-    warnings = [*report.warnings, *(warning for renderer in report.renderers for warning in renderer.warnings())]
-    credits = dict.fromkeys(renderer.credit for renderer in report.renderers if renderer.credit)
+    sections = []
+    for section in report.sections:
+        is_number = _find_numbers(section.table)
+        sections.append((section, is_number, section.figures(), section.items(), section.examples()))
+
+    warnings = list(report.warnings)
+    credits = []
+    for renderer in report.renderers:
+        warnings += renderer.warnings()
+        credits += filter(None, [renderer.credit])
+
+    # Renderers of one cache have the same warnings and credits, which are shown once.
     page = environment.get_template("page.html.j2")
-    return page.render(report=report, sections=sections, warnings=dict.fromkeys(warnings), credits=credits)
+    return page.render(
+        report=report,
+        sections=sections,
+        warnings=dict.fromkeys(warnings),
+        credits=dict.fromkeys(credits),
+    )
 
 
 def write_page(path: Path, report: Presentation) -> None:
@@ -145,15 +160,19 @@ def write_page(path: Path, report: Presentation) -> None:
 
 
 def _find_numbers(table: Table | None) -> list[bool]:
-    """Return which columns of a table hold numbers, which are aligned to the right; the first one names the rows."""
+    """Return which columns of a table contain numbers, which are aligned to the right."""
     columns, rows = table or ((), ())
-    return [
-        position > 0 and any(_BEGINS_NUMBER.match(row[position]) for row in rows) for position in range(len(columns))
-    ]
+    is_number = [False] * len(columns)
+    for row in rows:
+        # The first column names the rows, also by numbers.
+        for position, cell in enumerate(row[1:], start=1):
+            is_number[position] |= _BEGINS_NUMBER.match(cell) is not None
+    return is_number
 
 
 def format_fraction(value: float | None) -> str:
     """Return a fraction, cosine or score as text, such as `0.066`; empty for None and NaN."""
+    # The format "z" writes a negative value that rounds to zero without its sign.
     return "" if value is None or np.isnan(value) else f"{value:z.3f}"
 
 
@@ -174,15 +193,18 @@ def format_part(count: int, total: int) -> str:
 
 def round_json(value: float | None) -> float | None:
     """Return a number as a JSON value with five decimals; None for None and NaN."""
+    # JSON has no NaN.
     return None if value is None or np.isnan(value) else round(float(value), 5)
 
 
 def estimates_json(estimates: Mapping[str, Estimate]) -> dict[str, Any]:
     """Return estimates as JSON values: each by its name, and `intervals` with the 95% interval of each."""
-    return {
-        **{name: round_json(estimate.value) for name, estimate in estimates.items()},
-        "intervals": {name: interval_json(estimate) for name, estimate in estimates.items()},
-    }
+    values: dict[str, Any] = {}
+    intervals = {}
+    for name, estimate in estimates.items():
+        values[name] = round_json(estimate.value)
+        intervals[name] = interval_json(estimate)
+    return {**values, "intervals": intervals}
 
 
 def interval_json(estimate: Estimate) -> list[float | None]:
@@ -200,7 +222,7 @@ def clip_benchmark_json(
     model: str = MODEL,
     language: str | None = None,
 ) -> dict[str, Any]:
-    """Return a result with the keys of CLIP_benchmark's files, of which its `build` makes one table.
+    """Return a result with the keys of CLIP_benchmark's files, from which its `build` makes one table.
 
     Args:
         task: CLIP_benchmark's name of the task.
@@ -208,8 +230,8 @@ def clip_benchmark_json(
         details: our own JSON values.
         dataset: name of the cache.
         pretrained: the run, or the seeds that were averaged.
-        model: name of the encoder, of a result that knows no run.
-        language: language of the captions or prompts; None is all.
+        model: name of the encoder, for a result without a run.
+        language: language of the captions or prompts, or None for all.
     """
     return {
         "dataset": dataset,

@@ -23,17 +23,18 @@ from embedcache.store.commits import PENDING, REMOVED, has_failed
 from embedcache.store.feature import Feature
 
 _FEATURE_COLUMNS = ("feature", "modality", "shape", "dtype", "chunks", "failed", "bytes")
+_KEY_COLUMNS = ("row", "key", "cache", "group", "kept_row", "kept_key")
 _MOST_VALUES = 10
 _NUM_SHOWN = 5
 """Items that are shown of each kind of failure."""
 
 
 def summarize(location: str | Path) -> Presentation:
-    """Return the presentation of what a path or URL holds: a cache, run, index, study or keyed table.
+    """Return the presentation of the artifact at a path or URL: a cache, run, index, study or keyed table.
 
     Raises:
-        PathError: the path does not exist, or is nothing that embedcache writes.
-        CorruptError: it has changed since it was written, or lacks fields.
+        PathError: the path does not exist, or embedcache did not write it.
+        CorruptError: the artifact has changed since it was written, or lacks fields.
     """
     path = open_path(location)
     return construct(path, lambda: _SUMMARIES[recognize(path)](path))
@@ -41,17 +42,22 @@ def summarize(location: str | Path) -> Presentation:
 
 def _summarize_cache(path: Path) -> Presentation:
     cache = Cache(path)
-    features = [feature for modality in cache.info.num_items for feature in cache.features(modality)]
     notes = []
-    for feature in features:
-        inputs = ", ".join(f"{modality} {name}" for modality, name in feature.group.inputs)
-        origin = f"{feature.group.spec}, from {inputs}" if inputs else feature.group.spec
-        notes += [f"{feature.name}: {origin}", *failure_lines(cache, feature)]
-    num_bytes = [folder_bytes(feature.group.path / feature.feature) for feature in features]
-    rows = [describe_feature(*described) for described in zip(features, num_bytes, strict=True)]
+    rows = []
+    records = []
+    num_feature_bytes = 0
+    for modality in cache.info.num_items:
+        for feature in cache.features(modality):
+            # Files of a feature on a remote disk are listed once, because listing is slow there.
+            num_bytes = folder_bytes(feature.group.path / feature.feature)
+            num_feature_bytes += num_bytes
+            notes += [_describe_origin(feature), *failure_lines(cache, feature)]
+            row = describe_feature(feature, num_bytes)
+            rows.append(row)
+            records.append(_feature_json(feature, row, num_bytes))
+
     total = folder_bytes(path)
-    in_features = sum(num_bytes)
-    disk_line = f"{format_bytes(total)} on disk, {format_bytes(in_features)} of them in features"
+    disk_line = f"{format_bytes(total)} on disk, {format_bytes(num_feature_bytes)} of them in features"
     return _present(
         "cache",
         [describe_cache(cache), disk_line, *caption_error_lines(cache)],
@@ -62,26 +68,34 @@ def _summarize_cache(path: Path) -> Presentation:
             "num_items": dict(cache.info.num_items),
             "chunk_size": cache.info.chunk_size,
             "columns": cache.columns,
-            "features": [
-                {
-                    **dict(zip(_FEATURE_COLUMNS[:4], row[:4], strict=True)),
-                    "encoder": feature.group.spec,
-                    "inputs": [f"{modality}/{name}" for modality, name in feature.group.inputs],
-                    "num_chunks": len(feature.commits),
-                    "num_committed": sum(commit is not None for commit in feature.commits),
-                    "num_failed": _num_failed(feature),
-                    "num_pending": _count_reason(feature, PENDING),
-                    "num_removed": _count_reason(feature, REMOVED),
-                    "num_bytes": on_disk,
-                }
-                for feature, row, on_disk in zip(features, rows, num_bytes, strict=True)
-            ],
+            "features": records,
             "num_removed": cache.info.removed.get("num_samples", 0),
-            "num_bytes": {"features": in_features, "total": total},
+            "num_bytes": {"features": num_feature_bytes, "total": total},
         },
         Section(title="features", table=(_FEATURE_COLUMNS, rows)),
         notes or ["no features yet: add some with embedcache extract"],
     )
+
+
+def _describe_origin(feature: Feature) -> str:
+    """Return the encoder of a feature, and the features that it was derived from."""
+    inputs = ", ".join(map(" ".join, feature.group.inputs))
+    origin = f"{feature.group.spec}, from {inputs}" if inputs else feature.group.spec
+    return f"{feature.name}: {origin}"
+
+
+def _feature_json(feature: Feature, row: Sequence[str], num_bytes: int) -> dict[str, Any]:
+    return {
+        **dict(zip(_FEATURE_COLUMNS[:4], row[:4], strict=True)),
+        "encoder": feature.group.spec,
+        "inputs": list(map("/".join, feature.group.inputs)),
+        "num_chunks": len(feature.commits),
+        "num_committed": _num_committed(feature),
+        "num_failed": _num_failed(feature),
+        "num_pending": _count_reason(feature, PENDING),
+        "num_removed": _count_reason(feature, REMOVED),
+        "num_bytes": num_bytes,
+    }
 
 
 def _present(
@@ -111,22 +125,26 @@ def describe_cache(cache: Cache) -> str:
 
 def describe_feature(feature: Feature, num_bytes: int) -> list[str]:
     """Return the name, modality, shape, dtype, committed chunks, failed items and bytes on disk of a feature."""
-    committed = [commit for commit in feature.commits if commit is not None]
+    # A negative size is the number of tokens, which differs from item to item.
     shape = " × ".join("any" if size < 0 else f"{size:,}" for size in feature.shape)
     return [
         feature.name,
         feature.modality,
         shape,
         feature.dtype,
-        f"{len(committed)}/{len(feature.commits)}",
+        f"{_num_committed(feature)}/{len(feature.commits)}",
         f"{_num_failed(feature):,}",
         f"{num_bytes:,}",
     ]
 
 
+def _num_committed(feature: Feature) -> int:
+    return sum(commit is not None for commit in feature.commits)
+
+
 def _num_failed(feature: Feature) -> int:
-    """Return how many items failed, without those that were removed, or appended and not extracted yet."""
-    return len(feature.failed[0]) - sum(_count_reason(feature, reason) for reason in (PENDING, REMOVED))
+    """Return how many items failed, without removed items and appended items that are not extracted yet."""
+    return len(feature.failed[0]) - _count_reason(feature, PENDING) - _count_reason(feature, REMOVED)
 
 
 def _count_reason(feature: Feature, reason: str) -> int:
@@ -139,17 +157,21 @@ def failure_lines(cache: Cache, feature: Feature, *, num_shown: int = _NUM_SHOWN
     Reads the rows of one chunk of the item table per item shown.
     """
     rows, reasons = feature.failed
+    # Reasons of one kind are equal up to the first colon; the rest differs from item to item.
     kinds = pc.replace_substring_regex(reasons, "(?s):.*", "")
     counts = sorted(pc.value_counts(kinds).to_pylist(), key=lambda entry: -entry["counts"])
+
     lines = []
-    for kind, count in (entry.values() for entry in counts):
+    for kind, count in map(dict.values, counts):
         if not has_failed(kind):
             lines.append(f"  {count:,} {kind}")
             continue
+
         lines.append(f"  {count:,} failed: {kind}")
         members = np.flatnonzero(pc.equal(kinds, kind))[:num_shown]
-        shown = zip(rows[members].tolist(), reasons.take(pa.array(members)).to_pylist(), strict=True)
-        lines += [f"    {_describe_item(cache, feature, row)}: {reason}" for row, reason in shown]
+        member_reasons = reasons.take(pa.array(members)).to_pylist()
+        for row, reason in zip(rows[members].tolist(), member_reasons, strict=True):
+            lines.append(f"    {_describe_item(cache, feature, row)}: {reason}")
         if count > num_shown:
             lines.append(f"    … and {count - num_shown:,} more")
     return lines
@@ -163,38 +185,47 @@ def _describe_item(cache: Cache, feature: Feature, row: int) -> str:
 
 
 def _describe_interval(item: Mapping[str, Any]) -> str:
-    bounds = [item.get("start_s"), item.get("stop_s")]
-    if bounds == [None, None]:
+    """Return the interval of an audio or video item in its file; empty for a whole file."""
+    start = item.get("start_s")
+    stop = item.get("stop_s")
+    if start is None and stop is None:
         return ""
-    start, stop = (
-        word if bound is None else f"{bound:g} s" for bound, word in zip(bounds, ("start", "end"), strict=True)
-    )
-    return f", {start} to {stop}"
+    start_text = "start" if start is None else f"{start:g} s"
+    stop_text = "end" if stop is None else f"{stop:g} s"
+    return f", {start_text} to {stop_text}"
 
 
 def _summarize_run(path: Path) -> Presentation:
     run = Run.open(path)
-    info, report = run.info, run.info.report
+    info = run.info
     seed = info.settings.get("seed")
     if info.kind == PAIR:
         lines = [f"{path}: projector {run.projector}, shared width {run.shared_width}, seed {seed}"]
     else:
         arguments = ", ".join(f"{name}={value}" for name, value in info.arguments.items())
         lines = [f"{path}: {info.kind}({arguments}), seed {seed}"]
+
     if trainable := info.settings.get("parts", {}).get("trainable"):
         lines.append(f"trained parts: {trainable.replace('+', ', ')}; the others are those of the start")
     for name, digest in info.digests.items():
         if name.startswith("init_from "):
+            # The other digests are compared by programs only.
             lines.append(f"part {name.removeprefix('init_from ')} started from weights {digest[:12]}")
 
-    counts = ", ".join(f"{count:,} {part}" for part, count in report.get("num_samples", {}).items())
-    notes = [f"samples: {counts}"] if counts else []
+    rows = [[name, entry.feature, f"{entry.width:,}", entry.spec] for name, entry in info.inputs.items()]
+    inputs = Section(title="inputs", table=(("input", "feature", "width", "encoder"), rows))
+    return _present("run", lines, {"path": str(path), **info.to_json()}, inputs, _training_notes(info.report))
+
+
+def _training_notes(report: Mapping[str, Any]) -> list[str]:
+    """Return the samples and the best validation of a training report, as far as it has them."""
+    notes = []
+    if report.get("num_samples"):
+        notes.append(f"samples: {_join_counts(report['num_samples'])}")
     if report.get("measures"):
         measures = ", ".join(f"{metric_label(name)} {value:.3f}" for name, value in report["measures"].items())
         notes.append(f"validation of epoch {report.get('best_epoch')}: {measures}")
-    rows = [[name, entry.feature, f"{entry.width:,}", entry.spec] for name, entry in info.inputs.items()]
-    inputs = Section(title="inputs", table=(("input", "feature", "width", "encoder"), rows))
-    return _present("run", lines, {"path": str(path), **info.to_json()}, inputs, notes)
+    return notes
 
 
 def _summarize_index(path: Path) -> Presentation:
@@ -203,7 +234,7 @@ def _summarize_index(path: Path) -> Presentation:
 
 
 def describe_index(path: Path, card: IndexCard) -> list[str]:
-    """Return what an index holds, how well it finds it, and what it was built of, in one line each."""
+    """Return the contents of an index, its recall and latency, and its feature, in one line each."""
     projected = f", projected by {card.run}" if card.run else ""
     size = f"{format_bytes(card.file_bytes)}{' on disk' if card.on_disk else ''}"
     return [
@@ -222,30 +253,42 @@ def _summarize_study(path: Path) -> Presentation:
         raise CorruptError(
             f"{report_path}: expected the report of this study, got another file; run the same embedcache sweep again"
         )
-    counts = ", ".join(f"{count:,} {state}" for state, count in report.get("counts", {}).items())
+
+    # An interrupted study has no report yet.
+    counts = report.get("counts", {})
+    features = ", ".join(f"{modality} {side['feature']}" for modality, side in study["sides"].items())
     lines = [
         f"{path}: sampler {study['sampler']}, pruner {study['pruner']}, seed {study['seed']}",
-        f"features: {', '.join(f'{modality} ' + side['feature'] for modality, side in study['sides'].items())}",
+        f"features: {features}",
         f"searched: {', '.join(study['space']['space'])}",
-        f"trials: {counts}" if counts else "not finished: run the same embedcache sweep again",
+        f"trials: {_join_counts(counts)}" if counts else "not finished: run the same embedcache sweep again",
     ]
+
     best = report.get("best", [])
     rows = [[str(trial["trial"]), f"{trial['score']:.3f}", _values(trial["params"])] for trial in best]
     notes = [f"to train the best again: {report['winner']['command']}"] if report.get("winner") else []
-    record = {"path": str(path), **study, "counts": report.get("counts", {}), "best": best}
+    record = {"path": str(path), **study, "counts": counts, "best": best}
     return _present("study", lines, record, Section(title="best", table=(("trial", "score", "settings"), rows)), notes)
 
 
 def _is_of(reported: Any, study: Mapping[str, Any]) -> bool:
-    """Return whether a report names a study; the digest of its split is another one after samples were removed."""
-    return isinstance(reported, dict) and all(
-        reported.get(name) == study.get(name) for name in ("index_digest", "space")
-    )
+    """Return whether a report names a study. The digests of their splits differ after samples were removed."""
+    if not isinstance(reported, dict):
+        return False
+    return all(reported.get(name) == study.get(name) for name in ("index_digest", "space"))
+
+
+def _join_counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {name}" for name, count in counts.items())
 
 
 def _values(values: Mapping[str, Any]) -> str:
-    shown = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in values.items()}
-    return ", ".join(f"{name} {value}" for name, value in shown.items() if value is not None)
+    """Return settings as text, without those that are not set."""
+    parts = []
+    for name, value in values.items():
+        if value is not None:
+            parts.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
+    return ", ".join(parts)
 
 
 def _summarize_table(path: Path) -> Presentation:
@@ -255,6 +298,7 @@ def _summarize_table(path: Path) -> Presentation:
         raise PathError(f"{path}: expected a selection, got another Parquet file, which names no cache")
     with keytable.reading_table(path, "table"):
         table = keytable.load(path)
+
     lines = [f"{path}: {about['kind']} with {pluralize(len(table), 'sample')} of {' and '.join(about['caches'])}"]
     settings = _values(about.get("settings", {}))
     if "method" in about:
@@ -262,11 +306,16 @@ def _summarize_table(path: Path) -> Presentation:
 
     rows: list[Sequence[str]] = []
     for name, values in zip(table.column_names, table.columns, strict=True):
-        if name not in ("row", "key", "cache", "group", "kept_row", "kept_key"):
+        # Rows, keys and groups differ from sample to sample, so frequent values would say nothing.
+        if name not in _KEY_COLUMNS:
             rows += [[name, *row] for row in _describe_column(values)]
-    record = {name: value for name, value in about.items() if name != "index_digests"}
-    columns = Section(title="columns", table=(("column", "value", "samples"), rows))
-    return _present(about["kind"], lines, {"path": str(path), **record, "num_samples": len(table)}, columns)
+
+    # Digests of whole caches mean nothing to a reader.
+    record = {"path": str(path), **about, "num_samples": len(table)}
+    record.pop("index_digests", None)
+    return _present(
+        about["kind"], lines, record, Section(title="columns", table=(("column", "value", "samples"), rows))
+    )
 
 
 def _describe_column(values: pa.ChunkedArray) -> list[list[str]]:
@@ -274,11 +323,14 @@ def _describe_column(values: pa.ChunkedArray) -> list[list[str]]:
     if pa.types.is_list(values.type):
         lengths = pc.list_value_length(values).to_numpy()
         return [[f"{int(lengths.sum()):,} in lists", f"{np.count_nonzero(lengths):,}"]]
-    known = values.drop_null()
-    if len(known) and (pa.types.is_floating(values.type) or pa.types.is_integer(values.type)):
-        low, middle, high = np.quantile(known.to_numpy(), [0, 0.5, 1])
-        return [[f"from {low:.4g} to {high:.4g}, half of them above {middle:.4g}", f"{len(known):,}"]]
-    counts = pc.value_counts(known)
+
+    # Without nulls, which quantiles would not ignore.
+    values = values.drop_null()
+    if len(values) and (pa.types.is_floating(values.type) or pa.types.is_integer(values.type)):
+        low, middle, high = np.quantile(values.to_numpy(), [0, 0.5, 1])
+        return [[f"from {low:.4g} to {high:.4g}, half of them above {middle:.4g}", f"{len(values):,}"]]
+
+    counts = pc.value_counts(values)
     order = np.argsort(-counts.field("counts").to_numpy(), kind="stable")[:_MOST_VALUES]
     rows = [[str(entry["values"]), f"{entry['counts']:,}"] for entry in counts.take(pa.array(order)).to_pylist()]
     if len(counts) > _MOST_VALUES:

@@ -27,10 +27,11 @@ from embedcache.reports.render import (
     one_or_list,
     round_json,
 )
-from embedcache.reports.retrieval import report_lines
+from embedcache.reports.retrieval import report_lines, report_warnings
 from embedcache.settings import replace_fields
 from embedcache.store.cache import Cache
 
+NO_CLASS_NAMED = "No class named: only items of classes whose name contains none of the run's prototypes."
 _COLUMNS = {"acc1": "top-1", "acc5": "top-5", "mean_per_class_recall": "mean per class"}
 _EXAMPLES_PER_OUTCOME = 6
 _MAX_BARS = 40
@@ -39,18 +40,20 @@ _MAX_LABELED_CLASSES = 20
 
 
 def zero_shot_table(reports: Mapping[str, ZeroShotReport]) -> Table:
-    """Return accuracies with their 95% intervals: one row per report, and a last row for the first's chance level."""
-    rows = {}
+    """Return accuracies with their 95% intervals: rows per report, and one for the chance level of the first."""
+    accuracies = {}
     for name, report in reports.items():
-        rows[name] = report.accuracies
+        accuracies[name] = report.accuracies
         if report.over_seeds:
-            rows[f"{name}, over seeds"] = report.over_seeds
+            accuracies[f"{name}, over seeds"] = report.over_seeds
         if report.unnamed:
-            rows[f"{name}, no class named"] = report.unnamed
-    rows["chance"] = next(iter(reports.values())).chance
-    return ["", *_COLUMNS.values()], [
-        [name, *(str(accuracies[column]) for column in _COLUMNS)] for name, accuracies in rows.items()
-    ]
+            accuracies[f"{name}, no class named"] = report.unnamed
+    accuracies["chance"] = next(iter(reports.values())).chance
+
+    rows = []
+    for name, estimates in accuracies.items():
+        rows.append([name, *(str(estimates[metric]) for metric in _COLUMNS)])
+    return ["", *_COLUMNS.values()], rows
 
 
 def confusion_table(report: ZeroShotReport, *, num_rows: int = 10) -> Table:
@@ -58,13 +61,15 @@ def confusion_table(report: ZeroShotReport, *, num_rows: int = 10) -> Table:
     errors_CC = report.confusion.copy()
     np.fill_diagonal(errors_CC, 0)
     totals_C = report.confusion.sum(axis=1)
+
     rows = []
     for position in np.argsort(-errors_CC, axis=None, kind="stable")[:num_rows]:
         true, predicted = divmod(int(position), len(errors_CC))
         count = int(errors_CC[true, predicted])
+        # A good classifier has fewer confusions than rows.
         if count:
-            names = [report.names[true], report.names[predicted]]
-            rows.append([*names, format_count(count), format_percent(count / totals_C[true])])
+            fraction = format_percent(count / totals_C[true])
+            rows.append([report.names[true], report.names[predicted], format_count(count), fraction])
     return ["class", "predicted as", noun(report.modality), "of the class"], rows
 
 
@@ -73,16 +78,23 @@ def zero_shot_json(report: ZeroShotReport) -> dict[str, Any]:
 
     `num_images` counts the items of any modality, so that one reader suffices.
     """
-    names = report.names
-    unique = [name if names.count(name) == 1 else f"{name} ({position})" for position, name in enumerate(names)]
+    record = {**estimates_json(report.accuracies), "chance": estimates_json(report.chance)}
+    if report.over_seeds:
+        record["over_seeds"] = estimates_json(report.over_seeds)
+    if report.unnamed:
+        record["no_class_named"] = estimates_json(report.unnamed)
+    if report.num_named is not None:
+        record["num_named_classes"] = report.num_named
+
+    by_class = {}
+    for position, (name, accuracy) in enumerate(zip(report.names, report.by_class, strict=True)):
+        # Classes may share a name; an object of JSON has each key once.
+        key = name if report.names.count(name) == 1 else f"{name} ({position})"
+        by_class[key] = round_json(accuracy)
     return {
-        **estimates_json(report.accuracies),
-        "chance": estimates_json(report.chance),
-        **({"over_seeds": estimates_json(report.over_seeds)} if report.over_seeds else {}),
-        **({"no_class_named": estimates_json(report.unnamed)} if report.unnamed else {}),
-        **({} if report.num_named is None else {"num_named_classes": report.num_named}),
-        "by_class": dict(zip(unique, map(round_json, report.by_class), strict=True)),
-        "acc1_by_seed": [round_json(accuracy) for accuracy in report.by_seed],
+        **record,
+        "by_class": by_class,
+        "acc1_by_seed": list(map(round_json, report.by_seed)),
         "num_images": report.num_items,
         "num_unlabelled": report.num_unlabeled,
         "num_classes": len(report.names),
@@ -103,21 +115,11 @@ def present_zero_shot(
         cache: cache of the items.
         settings: settings of the evaluation.
     """
-    cache, first = Cache(cache), next(iter(reports.values()))
+    cache = Cache(cache)
+    first = next(iter(reports.values()))
     prompts = Cache(first.prompts_path)
-    chance = first.chance["acc1"].value
-    notes = [
-        "In brackets the 95% interval; over seeds, one that holds the variance of seeds, too; for chance, the range "
-        "that holds 95% of random guesses."
-    ]
-    if any(report.unnamed for report in reports.values()):
-        notes.append("No class named: only items of classes whose name contains none of the run's prototypes.")
-    accuracy = Section(
-        title="Accuracy",
-        notes=notes,
-        table=zero_shot_table(reports),
-        figures=lambda: [accuracy_bars({name: each.accuracies["acc1"] for name, each in reports.items()}, chance)],
-    )
+    renderer = ItemRenderer(cache, first.modality)
+
     confusions = Section(
         title="Confusions",
         notes=["Sum over all runs."],
@@ -125,25 +127,45 @@ def present_zero_shot(
         num_printed=0,
         figures=lambda: [_confusion_matrix(first.names, first.confusion)],
     )
-    renderer, name = ItemRenderer(cache, first.modality), noun(first.modality)
 
+    # Loads the run and classifies again, since reports contain no predictions: for a page only.
     def show_items() -> list[QueryExample]:
         run = load_runs(first.run_paths[:1], device=settings.device)[0]
         return _examples(renderer, classify(cache, run, prompts, replace_fields(settings, check_overlap=False)))
 
+    plural = noun(first.modality)
     items = Section(
-        title=name.capitalize(),
-        notes=[f"Drawn at random: first {name} whose top class is correct, then {name} whose top class is wrong."],
+        title=plural.capitalize(),
+        notes=[f"Drawn at random: first {plural} whose top class is correct, then {plural} whose top class is wrong."],
         examples=show_items,
     )
+    chance = first.chance["acc1"].value
     classes = Section(title="Classes", figures=lambda: [class_bars(first.names, first.by_class, chance)])
     return Presentation(
         title="Zero-shot classification",
         lines=report_lines(reports),
-        warnings=[f"{name}: {report.warning}" for name, report in reports.items() if report.warning],
-        sections=[accuracy, classes, confusions, items],
+        warnings=report_warnings(reports),
+        sections=[_accuracy_section(reports, chance), classes, confusions, items],
         record=lambda: one_or_list([_result(report, cache, prompts) for report in reports.values()]),
         renderers=[renderer],
+    )
+
+
+def _accuracy_section(reports: Mapping[str, ZeroShotReport], chance: float) -> Section:
+    notes = [
+        "In brackets the 95% interval; over seeds, one that holds the variance of seeds, too; for chance, the range "
+        "that holds 95% of random guesses."
+    ]
+    bars = {}
+    for name, report in reports.items():
+        bars[name] = report.accuracies["acc1"]
+        if report.unnamed and NO_CLASS_NAMED not in notes:
+            notes.append(NO_CLASS_NAMED)
+    return Section(
+        title="Accuracy",
+        notes=notes,
+        table=zero_shot_table(reports),
+        figures=lambda: [accuracy_bars(bars, chance)],
     )
 
 
@@ -152,6 +174,8 @@ def _result(report: ZeroShotReport, cache: Cache, prompts: Cache) -> dict[str, A
     metrics = {name: estimate.value for name, estimate in report.accuracies.items()}
     if len(report.names) < 5:
         del metrics["acc5"]
+
+    # CLIP_benchmark names one language per result, so prompts in several have none.
     languages = set(prompts.items("text", columns=["language"])["language"].to_pylist())
     return clip_benchmark_json(
         "zeroshot_classification",
@@ -165,13 +189,15 @@ def _result(report: ZeroShotReport, cache: Cache, prompts: Cache) -> dict[str, A
 
 def _examples(renderer: ItemRenderer, classified: ZeroShotPredictions) -> list[QueryExample]:
     """Return random items whose top class is correct, then random ones whose top class is wrong."""
-    names, examples = classified.names, []
+    names = classified.names
+    examples = []
     for position in sample_outcomes(classified.predicted[:, 0] == classified.labels, _EXAMPLES_PER_OUTCOME):
         true = int(classified.labels[position])
-        results = [
-            PageItem(text=names[number], is_correct=number == true)
-            for number in classified.predicted[position].tolist()
-        ]
+        results = []
+        for number in classified.predicted[position].tolist():
+            results.append(PageItem(text=names[number], is_correct=number == true))
+
+        # A picture needs no key to be recognized, other items do.
         item = renderer.render(int(classified.items.rows[position]))
         text = names[true] if classified.modality in PICTURED else f"{item.text}: {names[true]}"
         answer = PageItem(text=names[true], is_correct=True)
@@ -185,6 +211,7 @@ def accuracy_bars(rows: Mapping[str, Estimate], chance: float) -> str:
     """Draw one bar per accuracy with its 95% interval, and a line at the chance level, as an SVG element."""
     axes = open_axes(0.6 + 0.36 * len(rows))
     estimate_bars(axes, rows, height=0.6, colors=COLORS[:1])
+
     axes.axvline(chance, color=SOFT, linestyle="--")
     axes.set_xlim(0, 1)
     label(axes, "accuracy with its 95% interval; dashed: chance")
@@ -192,13 +219,15 @@ def accuracy_bars(rows: Mapping[str, Estimate], chance: float) -> str:
 
 
 def class_bars(names: Sequence[str], accuracies_C: Array, chance: float) -> str:
-    """Draw the accuracy of each class, best first, as an SVG element; of many classes the best and the worst."""
+    """Draw the accuracy of each class as an SVG element, best first. Of many classes, draw the best and the worst."""
     order = np.argsort(-np.nan_to_num(accuracies_C), kind="stable")
     if len(order) > _MAX_BARS:
         order = np.concatenate([order[: _MAX_BARS // 2], order[-_MAX_BARS // 2 :]])
+
     axes = open_axes(0.6 + 0.24 * len(order))
     axes.barh(range(len(order)), accuracies_C[order], color=COLORS[0], height=0.7)
     axes.axvline(chance, color=SOFT, linestyle="--")
+
     axes.set_yticks(range(len(order)), [names[number] for number in order], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
@@ -207,22 +236,27 @@ def class_bars(names: Sequence[str], accuracies_C: Array, chance: float) -> str:
 
 
 def _confusion_matrix(names: Sequence[str], confusion_CC: Array) -> str:
-    """Draw a confusion matrix in percent of each row as an SVG element; of many classes those confused most."""
-    shown: Array = np.arange(len(confusion_CC))
-    if len(shown) > _MAX_CONFUSION_CLASSES:
+    """Draw a confusion matrix in percent of each row as an SVG element, of many classes the most confused ones."""
+    numbers: Array = np.arange(len(confusion_CC))
+    if len(numbers) > _MAX_CONFUSION_CLASSES:
+        # Errors in a class's row and column: its items that were missed, and the items that were taken for its own.
         errors_C = confusion_CC.sum(axis=1) + confusion_CC.sum(axis=0) - 2 * confusion_CC.diagonal()
-        shown = np.sort(np.argsort(-errors_C, kind="stable")[:_MAX_CONFUSION_CLASSES])
-    fractions = confusion_CC[np.ix_(shown, shown)] / np.maximum(1, confusion_CC[shown].sum(axis=1))[:, None]
-    side = 2.2 + 0.3 * len(shown)
+        numbers = np.sort(np.argsort(-errors_C, kind="stable")[:_MAX_CONFUSION_CLASSES])
+    fractions = confusion_CC[np.ix_(numbers, numbers)] / np.maximum(1, confusion_CC[numbers].sum(axis=1))[:, None]
+
+    side = 2.2 + 0.3 * len(numbers)
     axes = open_axes(side, width=side + 1.5)
     axes.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
-    if len(shown) <= _MAX_LABELED_CLASSES:
+    if len(numbers) <= _MAX_LABELED_CLASSES:
+        # Cells that round to 0% stay empty.
         for row, column in np.argwhere(fractions >= 0.005):
             color = "white" if fractions[row, column] > 0.5 else INK
             text = f"{100 * fractions[row, column]:.0f}"
             axes.text(column, row, text, ha="center", va="center", fontsize=7, color=color)
-    ticks = range(len(shown))
-    axes.set_xticks(ticks, [names[number] for number in shown], rotation=90, fontsize=8)
-    axes.set_yticks(ticks, [names[number] for number in shown], fontsize=8)
+
+    ticks = range(len(numbers))
+    tick_names = [names[number] for number in numbers]
+    axes.set_xticks(ticks, tick_names, rotation=90, fontsize=8)
+    axes.set_yticks(ticks, tick_names, fontsize=8)
     label(axes, "predicted; numbers are % of the row", "true class")
     return svg(axes.figure)
