@@ -50,11 +50,11 @@ def gap_note(report: CoverageReport) -> str:
 
 def summary_table(report: CoverageReport) -> Table:
     """Return the main numbers, with one column for the pool and one for its selection."""
-    summaries = [_summarize_part(part, report.settings.min_count) for part in report.all_counts]
-    rows = []
-    for name in summaries[0]:
-        rows.append([name, *(cells[name] for cells in summaries)])
-    return ["", *_part_names(report)], rows
+    rows: dict[str, list[str]] = {}
+    for part in report.all_counts:
+        for name, cell in _summarize_part(part, report.settings.min_count).items():
+            rows.setdefault(name, [name]).append(cell)
+    return ["", *_part_names(report)], list(rows.values())
 
 
 def _part_names(report: CoverageReport) -> list[str]:

@@ -34,7 +34,7 @@ def encoder_pairs_table(report: PairsReport) -> Table:
     chance = [*map(str, report.chance.values()), format_fraction(report.knn_chance), format_fraction(0.0)]
     rows.append(["chance", *chance])
 
-    probes = [f"probe {direction} R@10" for direction in report.chance]
+    probes = map("probe {} R@10".format, report.chance)
     return [" × ".join(report.pairs[0].features), *probes, "mutual kNN", "debiased CKA"], rows
 
 

@@ -128,6 +128,7 @@ class ItemRenderer:
                 player_url = self._player_url(self._thumbnails, row)
         except EmbedcacheError as error:
             self._reason = str(error)
+        # Without a reason the modality has no pictures.
         if image_url is None and self._reason is not None:
             self._unpictured_rows.add(row)
 

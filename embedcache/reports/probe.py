@@ -73,7 +73,7 @@ def few_shot_table(report: ProbeReport) -> Table:
     rows = []
     for method, by_shots in accuracies.items():
         rows.append([method, *map(by_shots.__getitem__, shots)])
-    return ["top-1 [95%]", *(f"{number} per class" for number in shots)], rows
+    return ["top-1 [95%]", *map("{} per class".format, shots)], rows
 
 
 def _shots(report: ProbeReport) -> list[int]:
@@ -240,12 +240,17 @@ def _few_shot_curve(report: ProbeReport) -> str:
     shots = _shots(report)
     axes = open_axes(3.6)
     for score, color in zip(report.scores, cycle(COLORS), strict=False):
-        by_shots = {result.shots: result.accuracy for result in report.few_shots if result.method == score.method}
-        accuracies = [by_shots[number] for number in shots]
-        lows_K, values_K, highs_K = np.array([(each.low, each.value, each.high) for each in accuracies]).T
+        values = []
+        lows = []
+        highs = []
+        for result in sorted(report.few_shots, key=lambda result: result.shots):
+            if result.method == score.method:
+                values.append(result.accuracy.value)
+                lows.append(result.accuracy.low)
+                highs.append(result.accuracy.high)
 
-        axes.fill_between(shots, lows_K, highs_K, color=color, alpha=0.15, linewidth=0)
-        axes.plot(shots, values_K, "o-", color=color, markersize=4, label=score.method)
+        axes.fill_between(shots, lows, highs, color=color, alpha=0.15, linewidth=0)
+        axes.plot(shots, values, "o-", color=color, markersize=4, label=score.method)
         axes.axhline(score.accuracy.value, color=color, linestyle="--", linewidth=1)
 
     # Numbers of items are powers of two by default. Their own ticks replace those of the scale.

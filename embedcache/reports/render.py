@@ -139,7 +139,7 @@ def to_html(report: Presentation) -> str:
         sections.append((section, is_number, section.figures(), section.items(), section.examples()))
 
     warnings = list(report.warnings)
-    credits = []
+    credits: list[str] = []
     for renderer in report.renderers:
         warnings += renderer.warnings()
         credits += filter(None, [renderer.credit])

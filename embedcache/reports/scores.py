@@ -38,8 +38,7 @@ _NOTES = {
 
 def score_table(report: ScoreReport) -> Table:
     """Return quantiles of the scores."""
-    values = report.quantiles(*_BANDS)
-    return [f"{fraction:.0%}" for fraction in _BANDS], [[f"{value:.4g}" for value in values]]
+    return list(map("{:.0%}".format, _BANDS)), [list(map("{:.4g}".format, report.quantiles(*_BANDS)))]
 
 
 def present_scores(report: ScoreReport) -> Presentation:
@@ -67,28 +66,31 @@ def present_scores(report: ScoreReport) -> Presentation:
 
 def _bands(report: ScoreReport, renderer: ItemRenderer) -> Iterator[QueryExample]:
     """Iterate over the parts between quantiles, highest first, each with a few items."""
+    # Samples without a score are NaN, which sorts last.
     order = np.argsort(report.scores_S, kind="stable")[: int(np.isfinite(report.scores_S).sum())]
     edges = np.round(np.array(_BANDS) * len(order)).astype(np.int64)
-    for low, high, start, stop in reversed(list(zip(_BANDS, _BANDS[1:], edges, edges[1:], strict=False))):
-        samples = order[start:stop]
+
+    for number in reversed(range(len(_BANDS) - 1)):
+        samples = order[edges[number] : edges[number + 1]]
+        # Few samples leave narrow parts empty.
         if not len(samples):
             continue
-        shown = samples[np.unique(np.linspace(0, len(samples) - 1, _PER_BAND).astype(np.int64))]
+        examples = samples[np.unique(np.linspace(0, len(samples) - 1, _PER_BAND).astype(np.int64))]
         scores = report.scores_S[samples]
         yield QueryExample(
-            query=PageItem(text=f"{low:.0%} to {high:.0%}"),
+            query=PageItem(text=f"{_BANDS[number]:.0%} to {_BANDS[number + 1]:.0%}"),
             outcome=f"{report.name} {scores[0]:.4g} to {scores[-1]:.4g}",
             is_correct=True,
-            results=[renderer.render(int(report.rows_S[sample])) for sample in shown.tolist()],
+            results=list(map(renderer.render, report.rows_S[examples].tolist())),
         )
 
 
 def outlier_notes(report: OutlierReport) -> list[str]:
-    """Return one line per score beside typicality."""
+    """Return one line for each score other than typicality."""
     notes = []
     if report.labels is not None:
-        labeled = int(np.isfinite(report.scores[MARGIN]).sum())
-        count = format_part(int(report.is_mislabeled.sum()), labeled)
+        num_labeled = int(np.isfinite(report.scores[MARGIN]).sum())
+        count = format_part(int(report.is_mislabeled.sum()), num_labeled)
         notes.append(f"likely mislabels: {count} of the labeled samples")
     if PAIR_COSINE in report.scores:
         num_pairs = int(np.isfinite(report.scores[PAIR_COSINE]).sum())
@@ -97,18 +99,21 @@ def outlier_notes(report: OutlierReport) -> list[str]:
 
 
 def threshold_table(report: OutlierReport) -> Table:
-    """Return for fractions of the samples with a score the values of it that leave so many out, fewer where some tie.
+    """Return for some fractions of the samples the value of each score that leaves so many out, fewer if some tie.
 
-    Their number is that of samples with an item that was compared; fewer have a label, or both items of a pair.
+    The second column counts samples with an item that was compared. Fewer have a label, or both items of a pair.
     """
     sorted_scores = [np.sort(values_S[np.isfinite(values_S)]) for values_S in report.scores.values()]
-    rows, num_compared = [], len(sorted_scores[0])
+    # Typicality comes first, and every compared sample has one.
+    num_compared = len(sorted_scores[0])
+
+    rows = []
     for fraction in _FRACTIONS:
-        limits = [
-            "" if not len(sorted_M) else _floor(sorted_M[round(fraction * len(sorted_M))]) for sorted_M in sorted_scores
-        ]
-        rows.append([f"{fraction:.1%}", format_count(round(fraction * num_compared)), *limits])
-    return ["left out", "samples at most", *(f"{name} of at least" for name in report.scores)], rows
+        row = [f"{fraction:.1%}", format_count(round(fraction * num_compared))]
+        for sorted_M in sorted_scores:
+            row.append(_floor(sorted_M[round(fraction * len(sorted_M))]) if len(sorted_M) else "")
+        rows.append(row)
+    return ["left out", "samples at most", *map("{} of at least".format, report.scores)], rows
 
 
 def _floor(value: float) -> str:
@@ -119,19 +124,22 @@ def _floor(value: float) -> str:
 def present_outliers(report: OutlierReport, out: Path | None) -> Presentation:
     """Return the presentation of odd samples, and of the table of their scores `out`, if one was written."""
     renderer = ItemRenderer(report.cache, report.vectors.modality)
-    modalities = _pair(report) if PAIR_COSINE in report.scores else []
-    nouns = pair_nouns(modalities) if modalities else ()
-    pair = [
-        renderer if modality == report.vectors.modality else ItemRenderer(report.cache, modality)
-        for modality in modalities
-    ]
+    pair = []
+    nouns: Sequence[str] = ()
+    if PAIR_COSINE in report.scores:
+        nouns = pair_nouns(_pair(report))
+        for modality in _pair(report):
+            # Items of one renderer count once in its warnings and its limit of bytes.
+            is_same = modality == report.vectors.modality
+            pair.append(renderer if is_same else ItemRenderer(report.cache, modality))
 
     def show_lowest(name: str) -> list[QueryExample]:
         samples = report.lowest(name, _NUM_EXAMPLES)
         if name == PAIR_COSINE:
             return _pair_examples(report, samples, *pair)
-        samples = samples[report.is_mislabeled[samples]] if name == MARGIN else samples
-        return [_beside_neighbors(report, name, sample, renderer) for sample in samples.tolist()]
+        if name == MARGIN:
+            samples = samples[report.is_mislabeled[samples]]
+        return [_example_with_neighbors(report, name, sample, renderer) for sample in samples.tolist()]
 
     thresholds = Section(
         title="What a threshold leaves out",
@@ -139,36 +147,40 @@ def present_outliers(report: OutlierReport, out: Path | None) -> Presentation:
         table=threshold_table(report),
         figures=lambda: [_histogram(values_S, name) for name, values_S in report.scores.items()],
     )
-    lowest = [
-        Section(
-            title=_TITLES[name].format(*nouns).capitalize(),
-            notes=[_NOTES[name].format(*nouns)],
-            examples=partial(show_lowest, name),
+    sections = [thresholds]
+    for name in report.scores:
+        sections.append(
+            Section(
+                title=_TITLES[name].format(*nouns).capitalize(),
+                notes=[_NOTES[name].format(*nouns)],
+                examples=partial(show_lowest, name),
+            )
         )
-        for name in report.scores
-    ]
+
     return Presentation(
         title="Outliers",
         lines=[report.line(), *outlier_notes(report)],
-        sections=[thresholds, *lowest],
+        sections=sections,
         record=report.to_json,
         notes=[f"wrote {out}: {', '.join(report.scores)} of {report.num_samples:,} samples"] if out else [],
         renderers=[renderer, *pair],
     )
 
 
-def _beside_neighbors(report: OutlierReport, name: str, sample: int, renderer: ItemRenderer) -> QueryExample:
-    row = int(report.rows_S[sample])
+def _example_with_neighbors(report: OutlierReport, name: str, sample: int, renderer: ItemRenderer) -> QueryExample:
     outcome = f"{name.replace('_', ' ')} {report.scores[name][sample]:.3f}"
     if name == MARGIN and report.labels is not None:
-        own, suggested = (report.labels.names[of[sample]] for of in (report.labels.numbers, report.suggested_S))
-        outcome = f"{own}, its neighbors {suggested}; {outcome}"
-    near = report.neighbors_of(row)[:_NUM_NEIGHBORS]
+        label = report.labels.names[report.labels.numbers[sample]]
+        suggestion = report.labels.names[report.suggested_S[sample]]
+        outcome = f"{label}, its neighbors {suggestion}; {outcome}"
+
+    row = int(report.rows_S[sample])
+    neighbors = report.neighbors_of(row)[:_NUM_NEIGHBORS]
     return QueryExample(
         query=renderer.render(row),
         outcome=outcome,
         is_correct=True,
-        results=[renderer.render(int(other)) for other in near],
+        results=list(map(renderer.render, neighbors.tolist())),
     )
 
 
@@ -181,17 +193,24 @@ def _pair(report: OutlierReport) -> Sequence[str]:
 def _pair_examples(
     report: OutlierReport, samples: Ints, first: ItemRenderer, second: ItemRenderer
 ) -> list[QueryExample]:
-    """Return the first item of some samples beside their items of the other modality, such as an image and captions."""
-    (rows, _), (starts, counts) = (RowReader(report.cache, modality).find(samples) for modality in _pair(report))
-    return [
-        QueryExample(
-            query=first.render(row),
-            outcome=f"pair cosine {report.scores[PAIR_COSINE][sample]:.3f}",
-            is_correct=True,
-            results=[second.render(other) for other in range(start, start + min(count, _NUM_NEIGHBORS))],
+    """Return the first item of some samples with their items of the other modality, such as an image and captions."""
+    first_modality, second_modality = _pair(report)
+    rows, _ = RowReader(report.cache, first_modality).find(samples)
+    starts, counts = RowReader(report.cache, second_modality).find(samples)
+    # The items of a sample are consecutive.
+    stops = starts + np.minimum(counts, _NUM_NEIGHBORS)
+
+    examples = []
+    for sample, row, start, stop in np.stack([samples, rows, starts, stops], axis=1).tolist():
+        examples.append(
+            QueryExample(
+                query=first.render(row),
+                outcome=f"pair cosine {report.scores[PAIR_COSINE][sample]:.3f}",
+                is_correct=True,
+                results=list(map(second.render, range(start, stop))),
+            )
         )
-        for sample, row, start, count in np.stack([samples, rows, starts, counts], axis=1).tolist()
-    ]
+    return examples
 
 
 def _histogram(values_S: Floats, name: str) -> str:

@@ -308,7 +308,8 @@ def _summarize_table(path: Path) -> Presentation:
     for name, values in zip(table.column_names, table.columns, strict=True):
         # Rows, keys and groups differ from sample to sample, so frequent values would say nothing.
         if name not in _KEY_COLUMNS:
-            rows += [[name, *row] for row in _describe_column(values)]
+            for row in _describe_column(values):
+                rows.append([name, *row])
 
     # Digests of whole caches mean nothing to a reader.
     record = {"path": str(path), **about, "num_samples": len(table)}
