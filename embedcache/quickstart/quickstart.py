@@ -27,7 +27,7 @@ from embedcache.dataset.pairs import ANY_LANGUAGE
 from embedcache.dataset.settings import SplitSettings
 from embedcache.dataset.splits import read_split
 from embedcache.errors import DataError, PathError, SettingError, SourceError, pluralize, quoted, summary
-from embedcache.evaluate.retrieval import Ranking, RetrievalReport, evaluate_retrieval, rank
+from embedcache.evaluate.retrieval import RetrievalReport, evaluate_retrieval, rank
 from embedcache.evaluate.runs import load_runs
 from embedcache.extract.extract import extract
 from embedcache.files import write_atomic
@@ -52,12 +52,13 @@ from embedcache.reports.summary import failure_lines
 from embedcache.runs import SPLIT, Run
 from embedcache.search.index import build_index
 from embedcache.search.queries import Queries
-from embedcache.search.search import Hit, search
+from embedcache.search.search import Hit, Hits, search
 from embedcache.search.settings import IndexSettings, SearchSettings
 from embedcache.settings import replace_fields
 from embedcache.sources.files import MEDIA_SUFFIXES, has_suffix, walk_files
 from embedcache.sources.open import open_source
 from embedcache.store.cache import Cache, caption_error_lines
+from embedcache.store.producer import FillReport
 from embedcache.train.settings import ModelSettings, OptimizerSettings, TrainSettings, command_line
 from embedcache.train.train import TrainReport, train
 
@@ -87,7 +88,12 @@ _MEDIA = frozenset().union(*MEDIA_SUFFIXES.values())
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One finished stage of the quickstart, the shell command that does the same, and its result in one line."""
+    """One finished stage of the quickstart.
+
+    Args:
+        command: the shell command that does the same.
+        outcome: the result in one line.
+    """
 
     name: str
     command: str
@@ -100,8 +106,8 @@ class QuickstartReport:
     """Results of the quickstart.
 
     Args:
-        data: what was encoded, as it was named.
-        missing: what could not be done, and what to do about it.
+        data: the location of the data, as the user wrote it.
+        missing: stages that were not possible, with the remedy.
         retrieval: recalls of the projectors, which come first, of the closed form and of the shuffled control; empty
             without a run.
         run_paths: runs; the page shows queries of the first. Empty if nothing could be trained.
@@ -146,9 +152,9 @@ def quickstart(
 
     Args:
         data: a folder, table or tar with images, or another location that `open_source` accepts.
-        folder: where everything is written: a new folder, or that of an earlier quickstart of the same data.
-        image_encoder: encoder of images; the default is packaged, as is that of texts.
-        text_encoder: encoder of captions and queries.
+        folder: folder of all results: a new one, or that of an earlier quickstart of the same data.
+        image_encoder: encoder of images; the default is packaged.
+        text_encoder: encoder of captions and queries; the default is packaged.
         progress: also receives each command and outcome.
 
     Raises:
@@ -162,7 +168,8 @@ def quickstart(
         >>> report.page_path  # doctest: +SKIP
         PosixPath('embedcache-quickstart/report.html')
     """
-    data, folder = str(data), Path(folder)
+    data = str(data)
+    folder = Path(folder)
     _check_folder(data, folder)
     source = open_source(data)
     has_captions = _has_captions(source, data)
@@ -172,44 +179,42 @@ def quickstart(
         f"encoders: {image_encoder} and {text_encoder}; the default ones are packaged, larger ones are downloaded: "
         f"--image-encoder {LARGER_ENCODERS[0]} --text-encoder {LARGER_ENCODERS[1]}"
     )
-    cache_path = folder / "cache"
-    encoders = {"image": image_encoder, **({"text": text_encoder} if has_captions else {})}
-    _extract(stages, data, source, cache_path, encoders)
 
+    # A text encoder without texts would be opened, and maybe downloaded, for nothing.
+    cache_path = folder / "cache"
+    encoders = {"image": image_encoder}
+    if has_captions:
+        encoders["text"] = text_encoder
+    _extract(stages, data, source, cache_path, encoders)
     prototypes = _make_prototypes(stages, folder / "prototypes", image_encoder, text_encoder)
-    missing = [] if has_captions else [_without_captions(data, prototypes)]
+
+    # Too few captions are no reason to stop: search by image and duplicates need none.
+    messages = []
+    if not has_captions:
+        messages.append(_without_captions(data, prototypes))
     runs: dict[str, list[Path]] = {}
     try:
-        if has_captions:
-            runs = _train_all(stages, cache_path, folder / "runs", prototypes, is_demo=is_demo)
-        elif prototypes is not None:
-            settings = replace_fields(CLOSED_FORM, prototypes=prototypes)
-            runs = {"prototypes": _train(stages, cache_path, folder / "runs" / "seed", settings, SEEDS[:1])}
+        runs = _align(stages, cache_path, folder / "runs", prototypes, has_captions=has_captions, is_demo=is_demo)
     except (DataError, SettingError) as error:
-        missing.append(
-            f"No training, text search or coverage: {data} has too few captions to hold some out for a test. What "
+        messages.append(
+            f"No training, text search or coverage: {data} has too few captions to hold some out for a test. "
             f"embedcache train says: {error}"
         )
-    retrieval = {
-        name: stages.run(
-            f"evaluate {name}",
-            ["evaluate", "retrieval", cache_path, *run_paths],
-            partial(evaluate_retrieval, cache_path, run_paths),
-            RetrievalReport.line,
-        )
-        for name, run_paths in runs.items()
-        if has_captions
-    }
 
+    retrieval = _evaluate(stages, cache_path, runs) if has_captions else {}
+
+    # The runs of the projectors come first. Search, coverage and the page use the first of them.
     run_paths = next(iter(runs.values()), [])
     run_path = run_paths[0] if run_paths else None
     cache = Cache(cache_path)
     coverage = None
     queries: Sequence[str] = ()
     if run_path is not None:
-        coverage, queries = _cover(stages, cache, folder / "names.txt", run_path, None if has_captions else prototypes)
+        named_by = None if has_captions else prototypes
+        coverage, queries = _cover(stages, cache, folder / "names.txt", run_path, named_by)
     index_path = folder / "index"
     hits = _search(stages, cache, index_path, run_path, QUERIES if is_demo else queries)
+
     duplicates = stages.run(
         "duplicates",
         ["curate", "dedup", cache_path],
@@ -219,7 +224,7 @@ def quickstart(
     report = QuickstartReport(
         data=data,
         stages=stages.finished,
-        missing=missing,
+        missing=messages,
         retrieval=retrieval,
         run_paths=run_paths,
         hits=hits,
@@ -241,27 +246,36 @@ def _write(report: QuickstartReport) -> None:
     if report.retrieval:
         trained, closed_form, shuffled = report.retrieval.values()
         metrics["retrieval"] = retrieval_json(trained, closed_form=closed_form, shuffled=shuffled)
+
     if report.coverage is not None:
-        concepts = coverage_json(report.coverage)["concepts"]
-        metrics["coverage"] = {each["name"]: [each["count"], each["low"], each["high"]] for each in concepts}
+        metrics["coverage"] = {}
+        for concept in coverage_json(report.coverage)["concepts"]:
+            metrics["coverage"][concept["name"]] = [concept["count"], concept["low"], concept["high"]]
+
+    # The page comes last, because it shows the figures of the other file.
     write_record(report.metrics_path, metrics)
     write_page(report.page_path, present_quickstart(report))
 
 
 def _check_folder(data: str, folder: Path) -> None:
     """Check that results do not lie among the data, or replace those of a study or another artifact."""
-    new = f"embedcache quickstart {quoted(data if data != SOURCE else folder)} {quoted('embedcache-quickstart')}"
-    image = next((name for name in walk_files(folder) if has_suffix(name, _MEDIA)), None) if folder.is_dir() else None
-    if image is not None:
-        raise PathError(
-            f"{folder}: expected a folder for results, got one with images, such as {image}; name the data first, then "
-            f"a new folder: {new}"
-        )
+    # With the data left out, the only path on the command line is that of the data, mistaken for the folder.
+    location = data if data != SOURCE else folder
+    new = f"embedcache quickstart {quoted(location)} {quoted('embedcache-quickstart')}"
+    if folder.is_dir():
+        image = next((name for name in walk_files(folder) if has_suffix(name, _MEDIA)), None)
+        if image is not None:
+            raise PathError(
+                f"{folder}: expected a folder for results, got one with images, such as {image}; name the data first, "
+                f"then a new folder: {new}"
+            )
+
     if folder.is_file() or folder.resolve().is_relative_to(Path(data).resolve()):
         raise PathError(f"{folder}: expected a folder for results outside the data, which stay as they are; use: {new}")
+
     try:
         kind = recognize(folder)
-    except PathError:  # of anything else
+    except PathError:  # a new folder, or that of an earlier quickstart
         return
     raise PathError(
         f"{folder}: expected a new folder, or that of an earlier quickstart, got a finished {kind}; give the path of "
@@ -270,13 +284,16 @@ def _check_folder(data: str, folder: Path) -> None:
 
 
 def _has_captions(source: Source, data: str) -> bool:
-    """Return whether a sample has a caption, reading no further; raise a SourceError if no sample has an image."""
-    has_images = has_captions = False
+    """Return whether a sample has a caption, reading no further. Raise a SourceError if no sample has an image."""
+    has_images = False
+    has_captions = False
     for sample in source.samples():
         has_images = has_images or bool(sample.images)
         has_captions = has_captions or bool(sample.texts)
+        # A source may have millions of samples, or be behind a network.
         if has_images and has_captions:
             break
+
     if not has_images:
         raise SourceError(f"{data}: expected images, got none; embedcache extract encodes other items")
     return has_captions
@@ -290,30 +307,40 @@ class _Stages:
         self.finished: list[Stage] = []
 
     def run(self, name: str, words: Sequence[Any], call: Callable[[], T], summarize: Callable[[T], str]) -> T:
-        command = shlex.join(["embedcache", *map(str, words)])
+        command = _command(words)
         self.progress.note(f"$ {command}")
+
         started = time.perf_counter()
         result = call()
+
         stage = Stage(name=name, command=command, seconds=time.perf_counter() - started, outcome=summarize(result))
         self.finished.append(stage)
         self.progress.note(f"  {stage.outcome} ({stage.seconds:.1f} s)")
         return result
 
 
+def _command(words: Sequence[Any]) -> str:
+    """Return a command as a user types it in a shell."""
+    return shlex.join(["embedcache", *map(str, words)])
+
+
 def _extract(
     stages: _Stages, data: str, source: Source, cache_path: Path, encoders: Mapping[str, str], *, name: str = "extract"
 ) -> None:
-    words = [word for modality, spec in encoders.items() for word in (f"--{modality}-encoder", spec)]
+    words = []
+    for modality, spec in encoders.items():
+        words += [f"--{modality}-encoder", spec]
+
     stages.run(
         name,
         ["extract", data, cache_path, *words],
         lambda: extract(source, cache_path, encoder=encoders, progress=stages.progress),
-        lambda reports: "; ".join(report.line() for report in reports),
+        lambda reports: "; ".join(map(FillReport.line, reports)),
     )
 
 
 def _make_prototypes(stages: _Stages, path: Path, image_encoder: str, text_encoder: str) -> Path | None:
-    """Store the classes of the image encoder as pairs; return None if it is no classifier."""
+    """Store the classes of the image encoder as pairs. Return None if the encoder is not a classifier."""
     location = f"prototypes:{image_encoder}"
     try:
         _extract(stages, location, open_source(location), path, {"text": text_encoder}, name="extract prototypes")
@@ -324,19 +351,34 @@ def _make_prototypes(stages: _Stages, path: Path, image_encoder: str, text_encod
 
 
 def _without_captions(data: str, prototypes: Path | None) -> str:
-    """Return what cannot be done without captions."""
+    """Return a message about the stages that need captions."""
     lacking = "training, text search, recall or coverage" if prototypes is None else "recall"
     return (
-        f"No {lacking}: {data} has no captions. Put a .txt file with a caption beside images, such as dog.txt beside "
-        "dog.jpg, and name a new folder."
+        f"No {lacking}: {data} has no captions. Put the caption of each image in a .txt file next to it, such as "
+        "dog.txt next to dog.jpg, and name a new folder."
     )
 
 
-def _train_all(
-    stages: _Stages, cache_path: Path, folder: Path, prototypes: Path | None, *, is_demo: bool
+def _align(
+    stages: _Stages,
+    cache_path: Path,
+    folder: Path,
+    prototypes: Path | None,
+    *,
+    has_captions: bool,
+    is_demo: bool,
 ) -> dict[str, list[Path]]:
-    """Train by the recipe, a closed form of the pairs alone, and the control; return the runs of each."""
-    # Only what is set appears in the printed commands.
+    """Train by the recipe, by a closed form of the pairs, and on shuffled pairs. Return the runs of each.
+
+    Without captions, the only pairs are the prototypes, whose closed form is the one run.
+    """
+    if not has_captions:
+        if prototypes is None:
+            return {}
+        settings = replace_fields(CLOSED_FORM, prototypes=prototypes)
+        return {"prototypes": _train(stages, cache_path, folder / "seed", settings, SEEDS[:1])}
+
+    # Only settings that differ from their defaults appear in the printed commands.
     language = {"language": "en"} if is_demo else {}
     settings = replace_fields(RECIPE, prototypes=prototypes, **language)
     closed_form = replace_fields(CLOSED_FORM, **language)
@@ -350,9 +392,10 @@ def _train_all(
 
 
 def _train(stages: _Stages, cache_path: Path, path: Path, settings: TrainSettings, seeds: Sequence[int]) -> list[Path]:
-    """Train once per seed and return the runs: `path` followed by the seed."""
-    run_paths = [path.with_name(f"{path.name}-{seed}") for seed in seeds]
-    for seed, run_path in zip(seeds, run_paths, strict=True):
+    """Train once per seed. Return the runs, whose names are `path` followed by the seed."""
+    run_paths = []
+    for seed in seeds:
+        run_path = path.with_name(f"{path.name}-{seed}")
         seeded = replace_fields(settings, split=SplitSettings(seed=seed), seed=seed)
         stages.run(
             f"train {run_path.name}",
@@ -360,34 +403,60 @@ def _train(stages: _Stages, cache_path: Path, path: Path, settings: TrainSetting
             partial(train, cache_path, run_path, settings=seeded, progress=stages.progress),
             partial(TrainReport.line, run_path=run_path),
         )
+        run_paths.append(run_path)
     return run_paths
+
+
+def _evaluate(stages: _Stages, cache_path: Path, runs: Mapping[str, Sequence[Path]]) -> dict[str, RetrievalReport]:
+    """Evaluate the runs of each recipe on the captions that were held out."""
+    reports = {}
+    for name, run_paths in runs.items():
+        reports[name] = stages.run(
+            f"evaluate {name}",
+            ["evaluate", "retrieval", cache_path, *run_paths],
+            partial(evaluate_retrieval, cache_path, run_paths),
+            RetrievalReport.line,
+        )
+    return reports
 
 
 def _search(
     stages: _Stages, cache: Cache, index_path: Path, run_path: Path | None, queries: Sequence[str]
 ) -> dict[str, list[Hit]]:
-    """Build the index, and search it with queries, or without any with images."""
-    of_run = [] if run_path is None else ["--run", run_path]
+    """Build the index, and search it with queries. Without queries, search it with images."""
     card = stages.run(
         "index",
-        ["curate", "index", cache.path, index_path, *of_run],
+        ["curate", "index", cache.path, index_path, *([] if run_path is None else ["--run", run_path])],
         lambda: build_index(cache.path, index_path, IndexSettings(run=run_path), progress=stages.progress),
         lambda card: f"{pluralize(card.num_vectors, 'image')}, recall@10 {card.recall_at_10:.3f} against exact search",
     )
+
+    # A small folder of images has fewer than the usual number of hits.
     k = min(NUM_HITS, card.num_vectors)
-    if queries:
-        asked, words = Queries(texts=queries), list(queries)
-    else:
+    words = list(queries)
+    keys: list[str] = []
+    if not queries:
         samples_N = cache.items("image", columns=["sample"])["sample"].to_numpy()[_image_rows(cache)]
-        keys = [cache.key(sample) for sample in _draw(samples_N.tolist(), NUM_QUERIES)]
-        asked, words = Queries(keys=keys), [word for key in keys for word in ("--query-key", key)]
+        keys = list(map(cache.key, _draw(samples_N.tolist(), NUM_QUERIES)))
+        for key in keys:
+            words += ["--query-key", key]
+
     results = stages.run(
         "search",
         ["search", index_path, *words, "-k", k],
-        lambda: search(index_path, asked, SearchSettings(k=k)),
-        lambda results: "; ".join(f"{hits.query}: {(*hits[0].captions, hits[0].name)[0]}" for hits in results),
+        lambda: search(index_path, Queries(texts=queries, keys=keys), SearchSettings(k=k)),
+        _summarize_hits,
     )
     return {hits.query: list(hits) for hits in results}
+
+
+def _summarize_hits(results: Sequence[Hits]) -> str:
+    """Return each query with its best hit: the first caption, or the name of an image without captions."""
+    outcomes = []
+    for hits in results:
+        best = hits[0]
+        outcomes.append(f"{hits.query}: {best.captions[0] if best.captions else best.name}")
+    return "; ".join(outcomes)
 
 
 def _image_rows(cache: Cache) -> Ints:
@@ -398,8 +467,8 @@ def _image_rows(cache: Cache) -> Ints:
 
 def _draw(values: Sequence[T], num: int) -> list[T]:
     """Draw values at random, the same in every process."""
-    chosen = np.random.default_rng(0).permutation(len(values))[:num]
-    return [values[int(position)] for position in chosen]
+    positions = np.random.default_rng(0).permutation(len(values))[:num]
+    return [values[int(position)] for position in positions]
 
 
 def _draw_captions(cache: Cache, run_path: Path, num: int, *, part: str | None = None) -> list[str]:
@@ -409,12 +478,16 @@ def _draw_captions(cache: Cache, run_path: Path, num: int, *, part: str | None =
     language = Run.open(run_path).info.settings.get("language")
     if language not in (None, ANY_LANGUAGE):
         is_used = pc.and_(is_used, pc.equal(texts["language"], language))
+
+    # Queries come from the test part: captions of training would be found too easily.
     if part is not None:
         is_in_part_S = read_split(run_path / SPLIT, [cache]).mask(part)
         is_used = pc.and_(is_used, pa.array(is_in_part_S[texts["sample"].to_numpy()]))
+
+    # Captions that repeat would be drawn several times.
     captions = texts["text"].filter(is_used).unique()
-    drawn: list[str] = captions.take(pa.array(_draw(range(len(captions)), num))).to_pylist()
-    return drawn
+    sampled: list[str] = captions.take(pa.array(_draw(range(len(captions)), num))).to_pylist()
+    return sampled
 
 
 def _cover(
@@ -422,8 +495,7 @@ def _cover(
 ) -> tuple[CoverageReport | None, list[str]]:
     """Measure how many images show each concept: frequent things in captions, or the classes of prototypes.
 
-    Names that the user has written into the file stay. Also return queries: held-out captions, or the classes that most
-    images certainly show.
+    Also return queries. They are held-out captions, or the classes that most images certainly show.
     """
     if prototypes is None:
         names = frequent_things(_draw_captions(cache, run_path, _SAMPLED_CAPTIONS))
@@ -431,10 +503,12 @@ def _cover(
     else:
         names = Cache(prototypes).column("class").unique().to_pylist()
         queries = []
+
+    # Names that the user has written into the file stay.
     if not names_path.is_file():
         if not names:
             return None, queries
-        write_atomic(names_path, "".join(f"{name}\n" for name in names).encode())
+        write_atomic(names_path, ("\n".join(names) + "\n").encode())
 
     k = min(NUM_HITS, len(_image_rows(cache)))
     settings = CoverageSettings(run=run_path, k=k, min_count=1)
@@ -465,9 +539,13 @@ def frequent_things(captions: Sequence[str], num: int = NUM_CONCEPTS) -> list[st
     """
     counts: Counter[str] = Counter()
     for caption in captions:
+        # The period ends the last phrase of a caption without punctuation.
         tokens = [*_TOKEN.findall(caption.lower()), "."]
-        ends = [one for one, following in pairwise(tokens) if _names_thing(one) and not _names_thing(following)]
-        counts.update(list(dict.fromkeys(ends)))
+        things: list[str] = []
+        for token, following in pairwise(tokens):
+            if token not in things and _names_thing(token) and not _names_thing(following):
+                things.append(token)
+        counts.update(things)
     return [word for word, _ in counts.most_common(num)]
 
 
@@ -481,23 +559,24 @@ def present_quickstart(report: QuickstartReport) -> Presentation:
     renderer = ItemRenderer(cache, "image")
     renderers = [renderer]
     sections = [_image_section(cache, renderer), _search_section(report, renderer)]
+
     trained = next(iter(report.retrieval.values()), None)
     if trained is not None:
-        queries, query_renderers = query_sections(cache, ("image", "text"), once(lambda: _rank_first(report, cache)))
+        # Ranking is repeated for the page only, and only once for all of its sections.
+        ranked = once(lambda: rank(cache, load_runs(report.run_paths[:1])[0]))
+        queries, query_renderers = query_sections(cache, ("image", "text"), ranked)
         sections += [_retrieval_section(report), *_training_sections(report.run_paths), *queries]
         renderers += query_renderers
+
     if report.coverage is not None:
         edit = f"The concepts are in {report.page_path.with_name('names.txt')}: edit them, and run the command again."
         sections += concept_sections(report.coverage, renderer, num=NUM_CONCEPTS, notes=[edit])
     sections += [duplicate_section(report.duplicates, renderer), *_failure_sections(cache), _next_section(report)]
+    sections.append(_stage_section(report))
 
-    stages = [[stage.name, f"{stage.seconds:.1f}", stage.command, stage.outcome] for stage in report.stages]
-    sections.append(Section(title="Stages", table=(["stage", "seconds", "command", "outcome"], stages), num_printed=0))
-    num_items = cache.info.num_items
-    counts = " and ".join(pluralize(num_items[name], word) for name, word in _NOUNS.items() if num_items.get(name))
     return Presentation(
         title="embedcache quickstart",
-        lines=_lead(report, counts, trained),
+        lines=_lead(report, cache, trained),
         warnings=report.missing,
         tiles=[
             (f"{sum(stage.seconds for stage in report.stages):.0f} s", "total time"),
@@ -512,30 +591,37 @@ def present_quickstart(report: QuickstartReport) -> Presentation:
     )
 
 
-def _lead(report: QuickstartReport, counts: str, trained: RetrievalReport | None) -> list[str]:
-    """Return what was done, and what the main recall means."""
+def _lead(report: QuickstartReport, cache: Cache, trained: RetrievalReport | None) -> list[str]:
+    """Return sentences about the data, and about the meaning of the main recall."""
+    counts = []
+    for modality, word in _NOUNS.items():
+        if num_items := cache.info.num_items.get(modality):
+            counts.append(pluralize(num_items, word))
+    items = f"{' and '.join(counts)} of {report.data}"
     if trained is None:
         aligned = ", and aligned with texts by the classes that it knows" if report.run_paths else ""
-        return [f"{counts} of {report.data}, encoded once by a frozen encoder{aligned}"]
+        return [f"{items}, encoded once by a frozen encoder{aligned}"]
+
+    # Among few images, even a random ranking has the right one in its first ten.
     num_images = trained.num_items["image"][0]
     k = 10 if num_images > _MIN_IMAGES else 1
-    found, chance = (recalls["t2i"][f"r@{k}"] for recalls in (trained.recalls, trained.chance))
+    recall = trained.recalls["t2i"][f"r@{k}"]
+    chance = trained.chance["t2i"][f"r@{k}"]
     first = "first" if k == 1 else f"among the first {k}"
     return [
-        f"{counts} of {report.data}, encoded once by two frozen encoders that never saw each other, and aligned by a "
-        "small projector",
-        f"For {found.value:.0%} of the captions held out from training (95% interval {found.low:.0%} to "
-        f"{found.high:.0%}), their image is {first} of {num_images:,}; by chance {chance.value:.0%}",
+        f"{items}, encoded once by two frozen encoders that never saw each other, and aligned by a small projector",
+        f"For {recall.value:.0%} of the captions held out from training (95% interval {recall.low:.0%} to "
+        f"{recall.high:.0%}), their image is {first} of {num_images:,}; by chance {chance.value:.0%}",
     ]
 
 
 def _image_section(cache: Cache, renderer: ItemRenderer) -> Section:
     rows_N = _image_rows(cache)
-    drawn = sorted(_draw(rows_N.tolist(), _NUM_IMAGES))
+    shown_rows = sorted(_draw(rows_N.tolist(), _NUM_IMAGES))
     return Section(
         title="Images",
-        notes=[f"{len(drawn)} of {len(rows_N):,}, drawn at random."],
-        items=lambda: [renderer.render(row) for row in drawn],
+        notes=[f"{len(shown_rows)} of {len(rows_N):,}, drawn at random."],
+        items=lambda: list(map(renderer.render, shown_rows)),
     )
 
 
@@ -549,88 +635,112 @@ def _search_section(report: QuickstartReport, renderer: ItemRenderer) -> Section
         note = "Names of classes that the image encoder knows, and the most similar of all images, with their cosine."
     else:
         note = "Images as queries, and the most similar of all images, with their cosine."
+
     return Section(
         title="Search",
         notes=[note],
-        examples=lambda: [_hits_example(query, hits, renderer) for query, hits in report.hits.items()],
+        examples=lambda: _hits_examples(report.hits, renderer),
     )
 
 
-def _hits_example(query: str, hits: Sequence[Hit], renderer: ItemRenderer) -> QueryExample:
-    results = [
-        replace(renderer.render(hit.row, is_correct=query in hit.captions), text=format_fraction(hit.score))
-        for hit in hits
-    ]
-    return QueryExample(query=PageItem(text=query), outcome="", is_correct=True, results=results)
+def _hits_examples(hits_by_query: Mapping[str, Sequence[Hit]], renderer: ItemRenderer) -> list[QueryExample]:
+    examples = []
+    for query, hits in hits_by_query.items():
+        items = []
+        for hit in hits:
+            item = renderer.render(hit.row, is_correct=query in hit.captions)
+            items.append(replace(item, text=format_fraction(hit.score)))
+        examples.append(QueryExample(query=PageItem(text=query), outcome="", is_correct=True, results=items))
+    return examples
 
 
 def _retrieval_section(report: QuickstartReport) -> Section:
-    """Return the recalls, with the recipes that were compared and what validation chose."""
+    """Return the recalls, with the recipes that were compared and those that validation chose."""
     trained, closed_form, shuffled = report.retrieval.values()
-    infos = [Run.open(path).info for path in report.run_paths]
-    recipes = infos[0].report["recipes"]
-    compared = ", ".join(recipe["name"] for recipe in recipes)
-    chosen = [next(recipe["name"] for recipe in info.report["recipes"] if recipe["is_chosen"]) for info in infos]
-    choice = ", ".join(f"{name} ({chosen.count(name)} of {len(chosen)})" for name in dict.fromkeys(chosen))
+    run_reports = [Run.open(path).info.report for path in report.run_paths]
+    recipe_names = [recipe["name"] for recipe in run_reports[0]["recipes"]]
+
+    # Each run has its own split, so validation may choose another recipe for each.
+    choices: Counter[str] = Counter()
+    for run_report in run_reports:
+        choices.update(recipe["name"] for recipe in run_report["recipes"] if recipe["is_chosen"])
+    choice = ", ".join(f"{name} ({count} of {len(run_reports)})" for name, count in choices.items())
+
     notes = [
         f"Evaluated: {trained.line()}. Near-duplicate groups are never divided between training and test. The control "
         "is trained on shuffled pairs and must score at chance level. In brackets the 95% interval; for chance, the "
         "range that holds 95% of random rankings.",
-        f"Compared: {compared}. Validation chose {choice}, each with its own split and seed. The closed form is "
-        "regularized CCA of the pairs alone.",
+        f"Compared: {', '.join(recipe_names)}. Validation chose {choice}, each with its own split and seed. The closed "
+        "form is regularized CCA of the pairs alone.",
     ]
     if trained.unnamed:
         notes.append(NO_CLASS_NAMED)
+
+    # A reader must not take a difference that chance explains for a merit of training.
     if _is_within_intervals(closed_form, trained):
-        num_pairs = infos[0].report["num_samples"]["train"]
+        num_pairs = run_reports[0]["num_samples"]["train"]
         notes.append(
             "No recall of the closed form is outside the interval of the projectors: with "
             f"{pluralize(num_pairs, 'pair')}, this test does not show that they learn more than a linear map."
         )
-    table = {f"projectors ({', '.join(dict.fromkeys(chosen))})": trained, "closed form": closed_form}
-    recalls = {name: result.recalls for name, result in report.retrieval.items()}
+
+    table = {
+        f"projectors ({', '.join(choices)})": trained,
+        "closed form": closed_form,
+        "shuffled pairs": shuffled,
+    }
+    bars = {
+        "projectors": trained.recalls,
+        "closed form": closed_form.recalls,
+        "shuffled pairs": shuffled.recalls,
+        "chance": trained.chance,
+    }
     return Section(
         title="Retrieval on the test split",
         notes=notes,
-        table=retrieval_table({**table, "shuffled pairs": shuffled}),
-        figures=lambda: [recall_bars({**recalls, "chance": trained.chance})],
+        table=retrieval_table(table),
+        figures=lambda: [recall_bars(bars)],
     )
 
 
 def _is_within_intervals(report: RetrievalReport, other: RetrievalReport) -> bool:
     """Return whether no recall of a report is outside the interval of another one."""
-    return all(
-        interval.low <= report.recalls[direction][name].value <= interval.high
-        for direction, intervals in other.recalls.items()
-        for name, interval in intervals.items()
-    )
-
-
-def _rank_first(report: QuickstartReport, cache: Cache) -> Ranking:
-    return rank(cache, load_runs(report.run_paths[:1])[0])
+    for direction, intervals in other.recalls.items():
+        for name, interval in intervals.items():
+            if not interval.low <= report.recalls[direction][name].value <= interval.high:
+                return False
+    return True
 
 
 def _training_sections(run_paths: Sequence[Path]) -> list[Section]:
-    """Return the section of the training curves; none of closed forms."""
-    logs = {path.name: _read_log(path / "losses.jsonl") for path in run_paths}
-    trained_logs = {name: lines for name, lines in logs.items() if any("loss" in line for line in lines)}
-    if not trained_logs:
-        return []
-    return [Section(title="Training", figures=lambda: [_training_curves(trained_logs)])]
+    """Return the section of the training curves. Closed forms have no curve."""
+    logs = {}
+    for path in run_paths:
+        lines = _read_log(path / "losses.jsonl")
+        if any("loss" in line for line in lines):
+            logs[path.name] = lines
+    return [Section(title="Training", figures=lambda: [_training_curves(logs)])] if logs else []
 
 
 def _read_log(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return list(map(json.loads, path.read_text().splitlines())) if path.is_file() else []
 
 
 def _training_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """Draw training loss by step and validation recall by epoch, one line per run, as an SVG element."""
     loss_axes, recall_axes = open_axes(3, ncols=2)
     for (name, lines), color in zip(logs.items(), COLORS, strict=False):
-        losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
-        recalls = [(line["epoch"], fmean(line["validation"].values())) for line in lines if "validation" in line]
-        loss_axes.plot(*zip(*losses, strict=True), color=color, label=name)
-        recall_axes.plot(*zip(*recalls, strict=True), color=color, marker=".", label=name)
+        losses = {}
+        recalls = {}
+        for line in lines:
+            # Steps and validations have lines of their own.
+            if "loss" in line:
+                losses[line["step"]] = line["loss"]
+            if "validation" in line:
+                recalls[line["epoch"]] = fmean(line["validation"].values())
+        loss_axes.plot(list(losses), list(losses.values()), color=color, label=name)
+        recall_axes.plot(list(recalls), list(recalls.values()), color=color, marker=".", label=name)
+
     label(loss_axes, "step", "training loss")
     label(recall_axes, "epoch (0: closed form)", "validation recall, mean of R@1, 5, 10")
     loss_axes.legend(frameon=False, labelcolor=INK)
@@ -638,32 +748,42 @@ def _training_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 
 
 def _failure_sections(cache: Cache) -> list[Section]:
-    """Return the section of what could not be encoded, if anything."""
-    features = [feature for modality in cache.info.num_items for feature in cache.features(modality)]
-    lines = [line for feature in features for line in failure_lines(cache, feature, num_shown=_NUM_FAILURES)]
+    """Return the section of items that could not be encoded, if there are any."""
+    lines: list[str] = []
+    for modality in cache.info.num_items:
+        for feature in cache.features(modality):
+            lines += failure_lines(cache, feature, num_shown=_NUM_FAILURES)
     lines += caption_error_lines(cache)
     return [Section(title="Files that could not be read", notes=lines)] if lines else []
 
 
 def _next_section(report: QuickstartReport) -> Section:
     """Return commands to type next."""
-    cache, index, folder = report.cache_path, report.index_path, report.page_path.parent
-    query = [] if not report.run_paths else [["search", index, "a dog on a beach"]]
-    commands: list[list[Any]] = [
-        *query,
-        ["serve", index],
-        ["curate", "dedup", cache, folder / "kept.parquet", "--cosine", 0.95],
-        *([["export", "transformers", report.run_paths[0], folder / "model"]] if report.run_paths else []),
-        [
-            *("quickstart", report.data, f"{folder}-larger"),
-            *("--image-encoder", LARGER_ENCODERS[0], "--text-encoder", LARGER_ENCODERS[1]),
-        ],
-    ]
+    folder = report.page_path.parent
+    commands: list[list[Any]] = []
+
+    # Searching in words and exporting need a trained run.
+    if report.run_paths:
+        commands.append(["search", report.index_path, "a dog on a beach"])
+    commands.append(["serve", report.index_path])
+    commands.append(["curate", "dedup", report.cache_path, folder / "kept.parquet", "--cosine", 0.95])
+    if report.run_paths:
+        commands.append(["export", "transformers", report.run_paths[0], folder / "model"])
+
+    image_encoder, text_encoder = LARGER_ENCODERS
+    larger = ["quickstart", report.data, f"{folder}-larger"]
+    commands.append([*larger, "--image-encoder", image_encoder, "--text-encoder", text_encoder])
     return Section(
         title="What to type next",
         notes=[
             "Search in words, open a search page in the browser, keep one of all near-duplicates, export the model, or "
             "use larger encoders, which are downloaded from a hub."
         ],
-        code="\n".join(shlex.join(["embedcache", *map(str, words)]) for words in commands),
+        code="\n".join(map(_command, commands)),
     )
+
+
+def _stage_section(report: QuickstartReport) -> Section:
+    """Return the table of the stages, which the terminal has already shown line by line."""
+    rows = [[stage.name, f"{stage.seconds:.1f}", stage.command, stage.outcome] for stage in report.stages]
+    return Section(title="Stages", table=(["stage", "seconds", "command", "outcome"], rows), num_printed=0)
