@@ -24,7 +24,14 @@ _Target: TypeAlias = tuple[EncoderGroup, str]
 
 @dataclass(frozen=True, kw_only=True)
 class PrunedEntry:
-    """Something to delete: its name, what it is, `encoder` or `feature`, its path and its bytes."""
+    """One thing to delete.
+
+    Args:
+        name: name of the feature, or of the encoder whose features are all deleted.
+        kind: `feature` or `encoder`.
+        path: its folder.
+        num_bytes: its bytes on disk.
+    """
 
     name: str
     kind: str
@@ -34,52 +41,61 @@ class PrunedEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class PrunePlan:
-    """What pruning deletes."""
+    """Features and encoders that pruning deletes."""
 
     entries: Sequence[PrunedEntry]
 
     @property
     def num_bytes(self) -> int:
-        """Bytes on disk of everything."""
+        """Bytes on disk of all entries."""
         return sum(entry.num_bytes for entry in self.entries)
 
     __repr__ = summary
 
     def lines(self) -> list[str]:
         """Return the plan as lines."""
-        lines = [f"{entry.kind} {entry.name}: {format_bytes(entry.num_bytes)}" for entry in self.entries]
-        return [*lines, f"{pluralize(len(self.entries), 'entry', 'entries')}, {format_bytes(self.num_bytes)}"]
+        lines = []
+        for entry in self.entries:
+            lines.append(f"{entry.kind} {entry.name}: {format_bytes(entry.num_bytes)}")
+        lines.append(f"{pluralize(len(self.entries), 'entry', 'entries')}, {format_bytes(self.num_bytes)}")
+        return lines
 
 
 def plan_prune(cache: AnyPath, settings: PruneSettings | None = None, **options: Unpack["PruneOptions"]) -> PrunePlan:
-    """Return what `prune_cache` would delete; the arguments and errors are its own.
+    """Return what `prune_cache` would delete. Arguments and errors are the same.
 
-    What a killed command had begun to delete is not listed: it does not exist for any reader.
+    Folders that a killed command had begun to delete are not listed, because no reader sees them.
     """
     plan, _ = _plan(Cache(open_path(cache)), merge_settings(PruneSettings, settings, options))
     return plan
 
 
 def prune_cache(cache: AnyPath, settings: PruneSettings | None = None, **options: Unpack["PruneOptions"]) -> PrunePlan:
-    """Delete features and views, and return what was deleted.
+    """Delete features and views, and return a list of them.
 
-    A feature is withdrawn from the commits of its chunks before its files are deleted, and a folder gets another name
-    first, so that none is ever half there; the same call finishes one that was killed.
+    A feature is withdrawn from the commits of its chunks before its files are deleted. A folder is renamed first, so
+    that no reader sees half of it. The same call finishes one that was killed.
 
     Args:
         cache: path or URL of the cache.
-        settings: what to delete.
+        settings: features to delete.
         options: settings by name, such as `feature="open_toy/cls"`, which take precedence.
 
     Raises:
         SettingError: nothing is named.
         UnknownNameError: there is no feature of a name, or there are several.
         PathError: another process extracts, derives, imports or repairs features of that encoder; nothing is deleted.
+
+    Example:
+        >>> plan = embedcache.prune_cache("cache", feature="open_toy/patches", modality="image")
+        >>> [entry.name for entry in plan.entries]
+        ['image/open_toy/patches']
     """
     opened = Cache(open_path(cache))
     plan, targets = _plan(opened, merge_settings(PruneSettings, settings, options))
     remove_partials(opened.path)
     with ExitStack() as stack:
+        # All folders are leased before the first is touched: a conflict then leaves every feature.
         for folder in {group.path for group, _ in targets}:
             leases = Leases(folder / "chunks")
             if not leases.acquire(None):
@@ -93,6 +109,8 @@ def prune_cache(cache: AnyPath, settings: PruneSettings | None = None, **options
             if not feature:
                 remove_folder(group.path)
                 continue
+
+            # Once no commit names the feature, no reader opens its files.
             for chunk in range(opened.info.num_chunks(group.modality)):
                 withdraw(group, chunk, [feature])
             with locked(opened.path):
@@ -114,26 +132,42 @@ def _plan(cache: Cache, settings: PruneSettings) -> tuple[PrunePlan, list[_Targe
             name = f"{group.modality}/{group.name}{'/' * bool(feature)}{feature}"
             entries[path] = PrunedEntry(name=name, kind=kind, path=path, num_bytes=folder_bytes(path))
             targets[path] = group, feature
+
+    # A feature cannot be withdrawn from a folder that is gone.
     paths = sorted(entries, key=lambda path: not targets[path][1])
-    return PrunePlan(entries=[entries[path] for path in paths]), [targets[path] for path in paths]
+    return PrunePlan(entries=list(map(entries.__getitem__, paths))), list(map(targets.__getitem__, paths))
 
 
 def _find(cache: Cache, name: str, modality: str | None) -> list[_Target]:
-    """Return what a name stands for; nothing if a killed command has begun to delete it."""
+    """Return the features of a name. There are none if a killed command has begun to delete them."""
     folder, _, feature = name.partition("/")
     modalities = [modality] if modality else list(cache.info.num_items)
-    groups = [group for each in modalities for group in cache.encoders(each)]
-    named = [group for group in groups if group.name == folder and (not feature or feature in group.features)]
-    if len(named) > 1:
-        found = " and ".join(group.modality for group in named)
-        raise UnknownNameError(f"feature {name!r} of {cache.path} is one of {found}; name one of them with --modality")
-    if named:
-        [group] = named
+
+    groups: list[EncoderGroup] = []
+    for each in modalities:
+        groups += cache.encoders(each)
+
+    matches = [group for group in groups if group.name == folder and (not feature or feature in group.features)]
+    if len(matches) > 1:
+        choices = " and ".join(group.modality for group in matches)
+        raise UnknownNameError(
+            f"feature {name!r} of {cache.path} is one of {choices}; name one of them with --modality"
+        )
+    if matches:
+        [group] = matches
+
+        # An encoder without features would be left, so the folder of its only feature goes whole.
         is_whole = group.features == [feature]
         return [(group, "" if is_whole else feature)]
 
-    places = [cache.path / each / name.rstrip("/") for each in modalities]
-    if any(list(place.parent.glob(f".{place.name}.*.partial")) for place in places):
-        return []
-    known = [each for group in groups for each in (group.name, *(f"{group.name}/{f}" for f in group.features))]
-    raise unknown_name("feature", name, list(dict.fromkeys(known)), where=f"of {cache.path}")
+    for each in modalities:
+        path = cache.path / each / name.rstrip("/")
+        if list(path.parent.glob(f".{path.name}.*.partial")):
+            return []
+
+    # Encoders of two modalities may have the same name; it is suggested once.
+    choosable: dict[str, None] = {}
+    for group in groups:
+        choosable[group.name] = None
+        choosable.update(dict.fromkeys(f"{group.name}/{each}" for each in group.features))
+    raise unknown_name("feature", name, choosable, where=f"of {cache.path}")

@@ -1,6 +1,6 @@
 """Removing samples, as after a takedown or a withdrawn consent, from a cache and its indexes.
 
-Selections, runs and exports are only searched: those that name a sample are to be deleted, and made again.
+Selections, runs and exports are only searched. A user deletes those that name a sample, and makes them again.
 """
 
 import json
@@ -41,17 +41,17 @@ if TYPE_CHECKING:
 _REMOVAL = 1
 """Lock of the cache's folder for one removal at a time."""
 _KEY_COLUMNS = ("key", "kept_key")
-"""Columns that name samples; dedup's table of removed duplicates names the kept ones, too."""
+"""Columns that name samples. The table of duplicates that `curate dedup` removes also names the samples it keeps."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RemovalReport:
-    """What a removal does, or did.
+    """Result of a removal, or of a plan.
 
     Args:
         cache: the cache.
         rows: rows of the samples that the cache has, ascending.
-        num_before: how many of the keys were removed before.
+        num_before: number of the keys that had been removed earlier.
         num_chunks: `modality/encoder` -> number of chunks that are written again.
         named: selection, run or export -> number of entries that name the samples, if there are any.
         is_resumed: whether the same removal was interrupted, and is finished.
@@ -94,29 +94,33 @@ def plan_removal(
     settings: RemoveSettings | None = None,
     **options: Unpack["RemoveOptions"],
 ) -> RemovalReport:
-    """Return what `remove_samples` would do, which changes nothing; the arguments and errors are its own."""
+    """Return what `remove_samples` would do, and change nothing. Arguments and errors are the same."""
     settings = merge_settings(RemoveSettings, settings, options)
     path = _local(cache)
     keys = list(dict.fromkeys(list_texts(keys, "keys")))
     if not keys:
         raise DataError("expected keys of samples to remove, got none")
-    found, is_resumed = _find_rows(path, keys)
-    rows = np.sort(found[found >= 0])
 
+    rows_K, is_resumed = _find_rows(path, keys)
+    rows = np.sort(rows_K[rows_K >= 0])
     num_chunks: dict[str, int] = {}
     if len(rows) and not is_resumed:
         for group, chunks in find_chunks(Cache(path), rows):
             num_chunks[f"{group.modality}/{group.name}"] = len(chunks)
 
+    # Faults of indexes and outputs are found before anything is removed.
     for index in settings.indexes:
         _open_card(index, path)
-    counts = {str(output): count_named(output, keys) for output in settings.outputs}
+    counts = {}
+    for output in settings.outputs:
+        if count := count_named(output, keys):
+            counts[str(output)] = count
     return RemovalReport(
         cache=path,
         rows=rows,
         num_before=len(keys) - len(rows),
         num_chunks=num_chunks,
-        named={output: count for output, count in counts.items() if count},
+        named=counts,
         is_resumed=is_resumed,
     )
 
@@ -129,17 +133,17 @@ def remove_samples(
     progress: AnyProgress = None,
     **options: Unpack["RemoveOptions"],
 ) -> RemovalReport:
-    """Remove samples from a cache and its indexes, and say which selections, runs and exports name them.
+    """Remove samples from a cache and its indexes, and list the selections, runs and exports that name them.
 
-    The rows of all other samples stay. Of a removed one nothing is left in these files: no key, caption, column, path,
-    hash or vector, of encoders, views and derived features alike. Its row remains, without features, for the reason
-    `removed`. The same call finishes one that was killed. Memory: the keys, and a chunk of the features.
+    The rows of all other samples stay. A removed sample leaves no key, caption, column, path, hash or vector in these
+    files, of encoders, views and derived features alike. Its row remains, without features, for the reason `removed`.
+    The same call finishes one that was killed. Memory: the keys, and a chunk of the features.
 
     Args:
         cache: local cache.
-        keys: one or several keys of samples; those that were removed before are passed over.
-        settings: where else the samples are.
-        progress: progress in what is checked and written again: rows of tables, chunks, items, then files.
+        keys: one or several keys of samples; keys that were removed earlier are passed over.
+        settings: indexes, and other files that may name the samples.
+        progress: progress in rows of tables, chunks and items that are checked and written again, then in files.
         options: settings by name, such as `index=["index"]`, which take precedence.
 
     Raises:
@@ -148,12 +152,21 @@ def remove_samples(
         UnfinishedError: another removal was interrupted.
         CorruptError: a table or a chunk of these samples is damaged; nothing is changed.
         PathError: an index or a file to search does not exist, or is not one.
+
+    Example:
+        >>> report = embedcache.remove_samples("cache", "00003-zebra")
+        >>> report.rows.tolist()
+        [3]
+        >>> str(embedcache.Cache("cache").feature("image", "open_toy/cls").failures[3])
+        'removed'
     """
     settings = merge_settings(RemoveSettings, settings, options)
     shown = to_progress(progress)
     path = _local(cache)
     keys = list_texts(keys, "keys")
-    read_info(path)  # else the lock would make a folder of this name
+
+    # Without a cache at this path, the lock would make a folder.
+    read_info(path)
     with locked(path, _REMOVAL):
         return _remove(path, keys, settings, shown)
 
@@ -162,18 +175,23 @@ def _remove(path: Path, keys: Sequence[str], settings: RemoveSettings, progress:
     """Remove samples, while no other process removes any from this cache and its indexes."""
     report = plan_removal(path, keys, settings)
     cards = {index: _open_card(index, path) for index in settings.indexes}
-    request = {"indexes": [str(index) for index in settings.indexes]}
+    request = {"indexes": list(map(str, settings.indexes))}
     with record_stage(new_record_path(path, "remove"), "remove", request) as outcome:
         if len(report.rows) and not report.is_resumed:
             opened = Cache(path)
             removed_keys = opened.column("key").take(pa.array(report.rows)).to_pylist()
             remove_rows(opened, report.rows, removed_keys, progress=progress)
+
+        # The remaining rows are of a source that this user indexed.
         info = read_info(path)
         if any(is_remembered(info.source, version.index_digest) for version in info.earlier_versions):
-            remember(info.source, info.index_digest)  # the rows that are left of what this user indexed
+            remember(info.source, info.index_digest)
+
+        # The tables no longer have the samples, so indexes that are filled now do not, either.
         erase(path, progress=progress)
         for index, card in cards.items():
             report.indexes[str(index)] = _purge(path, index, card, progress)
+
         if len(report.rows):
             outcome |= {"num_samples": len(report.rows), "rows": report.rows.tolist()}
             outcome |= {"index_digest": read_info(path).index_digest, "num_chunks": report.num_chunks}
@@ -192,21 +210,24 @@ def _local(cache_path: AnyPath) -> Path:
 
 
 def _find_rows(cache_path: Path, keys: Sequence[str]) -> tuple[Ints, bool]:
-    """Return the row of each key, and whether an interrupted removal, of these samples among others, is to be finished.
+    """Return the row of each key, and whether an interrupted removal of these samples is to be finished.
 
-    The row of a sample that was removed before is -1. After an interrupted removal, the table of removed samples has
+    The row of a sample that was removed earlier is -1. After an interrupted removal, the table of removed samples has
     the rows.
     """
     cache = Cache(cache_path)
     removed = read_removed(cache_path, cache.info)
     if cache.info.has_interrupted_removal:
-        removed_rows = [removed.row_of(key) for key in keys]
+        removed_rows = list(map(removed.row_of, keys))
         if None in removed_rows:
             raise UnfinishedError(f"{cache_path}: {INTERRUPTED_REMOVAL}")
         return np.array(removed_rows, np.int64), True
 
     rows = find_keys(cache, keys)
-    unknown = [key for key, row in zip(keys, rows.tolist(), strict=True) if row < 0 and removed.row_of(key) is None]
+    unknown = []
+    for key, row in zip(keys, rows.tolist(), strict=True):
+        if row < 0 and removed.row_of(key) is None:
+            unknown.append(key)
     if unknown:
         raise DataError(
             f"expected keys of {cache_path}, got {len(unknown):,} of {len(keys):,} that it does not have, first "
@@ -219,16 +240,23 @@ def _open_card(index_path: Path, cache_path: Path) -> IndexCard:
     card = read_card(index_path)
     if not read_info(cache_path).has_rows_of(card.index_digest):
         raise SettingError(f"index: expected an index of {cache_path}, got {index_path}, which is of other samples")
+
+    # The index is filled again with its run, so a missing run is refused before anything is removed.
     if card.run is not None:
-        Run.open(index_path / card.run)  # it is needed to fill the index again
+        Run.open(index_path / card.run)
     return card
 
 
 def _purge(cache_path: Path, index_path: Path, card: IndexCard, progress: Progress) -> dict[str, float]:
-    """Fill an index again without the removed samples, delete its map and words, and return recall and size, twice."""
+    """Fill an index again without the removed samples. Return recall and size, before and after.
+
+    Its map and words are deleted, because clusters and words come from captions.
+    """
     remove_partials(index_path)
     for name in (map_file, words_file):
-        (index_path / name).unlink(missing_ok=True)  # clusters are named by captions
+        (index_path / name).unlink(missing_ok=True)
+
+    # The recall of the index as it was must still be reached, also if it was below the bound.
     settings = IndexSettings(
         modality=MODALITIES[card.modality].name,
         feature=card.feature,
@@ -236,12 +264,12 @@ def _purge(cache_path: Path, index_path: Path, card: IndexCard, progress: Progre
         width=card.width,
         min_recall=min(card.min_recall, card.recall_at_10),
     )
-    after = build_index(cache_path, index_path, settings, progress=progress)
+    new_card = build_index(cache_path, index_path, settings, progress=progress)
     return {
         "num_vectors_before": card.num_vectors,
-        "num_vectors": after.num_vectors,
+        "num_vectors": new_card.num_vectors,
         "recall_at_10_before": card.recall_at_10,
-        "recall_at_10": after.recall_at_10,
+        "recall_at_10": new_card.recall_at_10,
     }
 
 
@@ -253,17 +281,18 @@ def count_named(path: Path, keys: Collection[str]) -> int:
         CorruptError: a file is damaged.
     """
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    searched = [file for file in files if file.suffix in _READERS and file.is_file()]
-    if not searched:
+    readable = [file for file in files if file.suffix in _READERS and file.is_file()]
+    if not readable:
         kinds = ", ".join(_READERS)
         raise PathError(f"{path}: expected a selection, run or export with files of {kinds}, got none; check the path")
 
-    wanted = pa.array(sorted(keys), pa.string())
+    sought_keys = pa.array(sorted(keys), pa.string())
     count = 0
-    for file in searched:
+    for file in readable:
         with reading(file, GET_AGAIN):
             for names in _READERS[file.suffix](file):
-                count += pc.sum(pc.is_in(names, value_set=wanted)).as_py() or 0
+                # The sum of an empty batch is null.
+                count += pc.sum(pc.is_in(names, value_set=sought_keys)).as_py() or 0
     return count
 
 
@@ -281,10 +310,15 @@ def _read_list(path: Path) -> Iterable[pa.Array]:
 
 def _read_shard(path: Path) -> Iterable[pa.Array]:
     """Read the keys of a shard, each in the `.json` of its sample."""
+    keys = []
     with tarfile.open(path, "r:") as tar:
-        files = [tar.extractfile(member) for member in tar if member.name.endswith(".json")]
-        records = [json.load(file) for file in files if file is not None]
-    yield pa.array([str(record.get("key")) for record in records if isinstance(record, dict)], pa.string())
+        for member in tar:
+            # Folders and links have no content.
+            file = tar.extractfile(member) if member.name.endswith(".json") else None
+            record = json.load(file) if file is not None else None
+            if isinstance(record, dict):
+                keys.append(str(record.get("key")))
+    yield pa.array(keys, pa.string())
 
 
 _READERS: Mapping[str, Callable[[Path], Iterable[pa.Array]]] = {
@@ -292,4 +326,4 @@ _READERS: Mapping[str, Callable[[Path], Iterable[pa.Array]]] = {
     ".txt": _read_list,
     ".tar": _read_shard,
 }
-"""Suffix -> function that reads the keys of samples that a file names."""
+"""Suffix -> function that reads the keys in a file."""
