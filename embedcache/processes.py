@@ -36,8 +36,10 @@ _CGROUP = Path("/sys/fs/cgroup")
 _SECONDS_BETWEEN_REPORTS = 0.2
 _IS_CLOSED: ContextVar[threading.Event | None] = ContextVar("is_closed", default=None)
 SMALL_FLOPS = 2e10
-"""Threads mostly wait for each other in a step of training, or between products of a factorization, of fewer
-floating-point operations. On two busy cores, two threads took 5 times as long as one."""
+"""Floating-point operations of a step below which threads mostly wait for each other.
+
+A step is one of training, or a product of a factorization. On two busy cores, two threads took 5 times as long as one.
+"""
 AUTO = "auto"
 DEVICE_HELP = "Torch device, such as cpu, cuda or cuda:1; auto is the first of cuda, mps and cpu that this machine has."
 Precision: TypeAlias = Literal["float32", "float16", "bfloat16"]
@@ -48,28 +50,41 @@ _log = logging.getLogger(__name__)
 
 @cache
 def num_cores() -> int:
-    """Return the number of cores this process may use: its CPU affinity, limited by a container's CPU quota."""
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return the number of cores this process may use: its CPU affinity, limited by a container's CPU quota.
+
+    Example:
+        >>> num_cores() >= 1
+        True
+    """
+    available = _available_cores()
     return max(1, min(available, cgroup_cores(_CGROUP) or available))
 
 
+def _available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def cgroup_cores(root: Path) -> int | None:
-    """Return the CPU quota of a container in cores, rounded up; None if there is none in the control group `root`."""
+    """Return the CPU quota of a container in cores, rounded up. It is None if the control group `root` has no quota."""
+    # Without a quota the file contains "max". Some systems have no control groups.
     try:
         quota, period = map(int, (root / "cpu.max").read_text().split())
-    except (OSError, ValueError):  # there are no control groups, or the quota is "max"
+    except (OSError, ValueError):
         return None
     return math.ceil(quota / period)
 
 
 def prefers_one_thread(flops: float) -> bool:
-    """Return whether products of so many operations are too small for threads, unless the user has chosen a number.
+    """Return whether products of so many operations are too small for threads.
 
-    One is chosen by the environment variable `OMP_NUM_THREADS`, or by `torch.set_num_threads` if it differs from what
-    torch starts with, the number of hardware threads or of cores.
+    It is False if the user has chosen a number of threads, by the environment variable `OMP_NUM_THREADS` or by
+    `torch.set_num_threads`.
     """
-    torch = sys.modules.get("torch")  # nobody has chosen a number of threads of torch before it is imported
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # Before torch is imported, nobody has chosen its number of threads.
+    torch = sys.modules.get("torch")
+    available = _available_cores()
+
+    # By default torch uses the number of hardware threads or of cores.
     is_default = torch is None or torch.get_num_threads() in (available, available // 2)
     return flops < SMALL_FLOPS and is_default and "OMP_NUM_THREADS" not in os.environ
 
@@ -90,7 +105,15 @@ def prefetch_map(
 
     Args:
         executor: threads.
-        function: called for each item; where it calls `check_cancelled`, it ends once no more results are consumed.
+        function: called for each item. It may call `check_cancelled` to end once no more results are consumed.
+        items: arguments of the calls.
+        window: number of calls that run or wait, which bounds memory.
+
+    Example:
+        >>> from concurrent.futures import ThreadPoolExecutor
+        >>> with ThreadPoolExecutor(2) as executor:
+        ...     list(prefetch_map(executor, len, ["a", "boat"], window=2))
+        [1, 4]
     """
     waiting: deque[Future[R]] = deque()
     is_closed = threading.Event()
@@ -106,6 +129,8 @@ def prefetch_map(
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+
+    # The consumer may have stopped early, or a call has failed.
     finally:
         is_closed.set()
         for future in waiting:
@@ -114,7 +139,7 @@ def prefetch_map(
 
 @contextmanager
 def cancelled_by(event: threading.Event) -> Iterator[None]:
-    """Let `check_cancelled` end what this thread does in this context, once an event is set."""
+    """Let `check_cancelled` end the work of this thread in this context once an event is set."""
     token = _IS_CLOSED.set(event)
     try:
         yield
@@ -123,7 +148,7 @@ def cancelled_by(event: threading.Event) -> Iterator[None]:
 
 
 def check_cancelled() -> None:
-    """Raise a `CancelledError` where a result is no longer needed: of `prefetch_map`, or within `cancelled_by`."""
+    """Raise a `CancelledError` if the result of this call is no longer needed; see `prefetch_map`, `cancelled_by`."""
     is_closed = _IS_CLOSED.get()
     if is_closed is not None and is_closed.is_set():
         raise CancelledError
@@ -141,34 +166,39 @@ def run_processes(
     A process that dies, such as one killed because memory ran out, does not stop the others.
 
     Args:
-        work: function of a module; the tasks and its results must be picklable.
+        work: function of a module. The tasks and its results must be picklable.
         tasks: one per process.
         progress: shows the progress of all processes.
-        is_shared: whether all processes share the items of each step, which are shown as one; else each process has
-            steps of its own, which are shown side by side.
+        is_shared: whether all processes share the items of each step, so that they are shown as one step. Otherwise
+            each process has separate steps, which are shown side by side.
 
     Returns:
         The results in the order in which processes finished, and the number of processes that died.
 
     Raises:
-        EmbedcacheError, OSError: raised by `work` in one of the processes; the others are terminated.
+        EmbedcacheError, OSError: raised by `work` in one of the processes. The others are terminated.
         RuntimeError: any other exception in a process, with its traceback.
     """
-    context = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
-    processes: dict[Connection, Any] = {}
+    # A forked process cannot use CUDA.
+    context = multiprocessing.get_context("spawn")
+    processes = []
+    parts: dict[Connection, Progress] = {}
+    current: dict[str, str] = {}
     for task in tasks:
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(target=_run_child, args=(work, task, sender, current_trust()), daemon=True)
         process.start()
+
+        # The pipe ends with the process only if nobody else has the sender open.
         sender.close()
-        processes[receiver] = process
-    current: dict[str, str] = {}
-    parts = {pipe: _SharedProgress(progress, current) if is_shared else progress.part() for pipe in processes}
+        processes.append(process)
+        parts[receiver] = _SharedProgress(progress, current) if is_shared else progress.part()
+
     try:
         return _collect(parts)
     finally:
         progress.finish()
-        for process in processes.values():
+        for process in processes:
             process.terminate()
             process.join()
 
@@ -177,14 +207,19 @@ def _run_child(work: Callable[[T, Progress], R], task: T, pipe: Connection, trus
     """Run in a worker process: send the result of its task, or the error, to the parent process."""
     show_faults()
     adopt_trust(trust)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process terminates this one
+
+    # Ctrl-C reaches all processes of a terminal, but the parent process terminates this one.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+
     try:
         pipe.send(("result", work(task, _PipeProgress(pipe.send))))
     except EmbedcacheError as error:
         pipe.send(("error", error))
     except BrokenPipeError:  # the parent process was killed
         os._exit(1)
+
+    # An error of a library may not be picklable, so a plain one with the same number is sent.
     except OSError as error:
         pipe.send(("error", OSError(error.errno, error.strerror, error.filename) if error.errno else error))
     except Exception:  # noqa: BLE001 - the parent process raises it
@@ -192,7 +227,7 @@ def _run_child(work: Callable[[T, Progress], R], task: T, pipe: Connection, trus
 
 
 def _end_with_parent() -> None:
-    """End this process as soon as its parent process has ended, which cannot terminate it when it is killed."""
+    """End this process as soon as its parent process has ended. A killed parent cannot terminate it."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -200,10 +235,10 @@ def _end_with_parent() -> None:
 
 
 def _collect(parts: Mapping[Connection, Progress]) -> tuple[list[Any], int]:
-    """Show the progress of processes until all have ended; return their results, and the number of those that died.
+    """Show the progress of processes until all have ended. Return their results and the number of processes that died.
 
-    A message is a kind and its content: `result`, `error` or `bug` of `_run_child`, else a method of the process's
-    progress.
+    A message is a kind and its content. The kind is `result`, `error` or `bug` of `_run_child`, or a method of the
+    process's progress.
     """
     results = []
     num_died = 0
@@ -213,8 +248,12 @@ def _collect(parts: Mapping[Connection, Progress]) -> tuple[list[Any], int]:
             assert isinstance(pipe, Connection)
             try:
                 kind, *content = pipe.recv()
+
+            # The pipe of a process that died ends without a result.
             except EOFError:
-                kind, content = "died", []
+                kind = "died"
+                content = []
+
             if kind == "error":
                 raise content[0]
             if kind == "bug":
@@ -230,10 +269,11 @@ def _collect(parts: Mapping[Connection, Progress]) -> tuple[list[Any], int]:
 
 
 class _PipeProgress:
-    """Progress whose calls are sent to the parent process, counts a few times per second."""
+    """Progress whose calls are sent to the parent process. Counts are sent a few times per second."""
 
     def __init__(self, send: Callable[[Any], object], name: str = "") -> None:
-        self._send, self._name = send, name
+        self._send = send
+        self._name = name
         self._state = ""
         self._count = 0
         self._last_s = 0.0
@@ -263,18 +303,20 @@ class _PipeProgress:
     def _report(self) -> None:
         self._send(("describe", self._state))
         self._send(("advance", self._count))
-        self._count, self._last_s = 0, time.monotonic()
+        self._count = 0
+        self._last_s = time.monotonic()
 
 
 class _SharedProgress(NullProgress):
-    """Progress of one of several processes that share the items of each step: the step begun last is shown, once.
+    """Progress of one of several processes that share the items of each step. The step begun last is shown, once.
 
-    `current` has its name, and is the same object for all processes. No process ends a step, as others may be in it.
-    The total of a process is multiplied by `num_parts`, the number of processes with items of their own.
+    `current` has its name and is one object for all processes. No process ends a step, as others may be in it. The
+    total of a process is multiplied by `num_parts`, the number of processes that divide the items among them.
     """
 
     def __init__(self, progress: Progress, current: dict[str, str], num_parts: int = 1) -> None:
-        self._progress, self._current = progress, current
+        self._progress = progress
+        self._current = current
         self._num_parts = num_parts
         self._step = ""
 
@@ -298,13 +340,15 @@ class _SharedProgress(NullProgress):
 
 @contextmanager
 def connected(address: str | None) -> Iterator[Any]:
-    """Connect to a Ray cluster, or start one without an address; a connection that existed before stays open."""
+    """Connect to a Ray cluster, or start one without an address. A connection that existed before stays open."""
     ray = require("ray", extra="ray")
     if ray.is_initialized():
         yield ray
         return
+
+    # These apply to a cluster that is started here. Ray's default niceness is 15.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_worker_niceness", "0")  # of a cluster that is started here; Ray's default is 15
+    os.environ.setdefault("RAY_worker_niceness", "0")
     try:
         ray.init(address=address, include_dashboard=False if address is None else None, log_to_driver=False)
     except ConnectionError as error:
@@ -323,10 +367,10 @@ def run_ray_tasks(
     *,
     num_gpus: int,
 ) -> list[R]:
-    """Run `work(task, progress)` as one Ray task each; Ray repeats those of a machine that was lost.
+    """Run `work(task, progress)` as one Ray task each. Ray repeats the tasks of a lost machine.
 
     Args:
-        ray: the module, as of `connected`.
+        ray: the module, as `connected` yields it.
         work: function of a module, which may be called twice for one task.
         tasks: equal parts of the same steps.
         progress: shows the progress of all tasks as one.
@@ -336,23 +380,28 @@ def run_ray_tasks(
         The results in the order in which tasks finished.
 
     Raises:
-        EmbedcacheError: raised by `work` in one of the tasks; the others are cancelled.
+        EmbedcacheError: raised by `work` in one of the tasks. The others are cancelled.
     """
     from ray.util.queue import Queue
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+    # Progress arrives in a queue on this machine, so that losing another machine does not lose it.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     mailbox = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
+
     remote = ray.remote(num_cpus=1, num_gpus=num_gpus, max_retries=-1, scheduling_strategy="SPREAD")(_run_ray_task)
-    common = (mailbox, current_trust(), os.nice(0))
-    running = [remote.remote(work, task, number, *common) for number, task in enumerate(tasks)]
     current: dict[str, str] = {}
-    parts = [_SharedProgress(progress, current, len(tasks)) for _ in tasks]
-    results = []
+    running = []
+    parts = []
+    for number, task in enumerate(tasks):
+        running.append(remote.remote(work, task, number, mailbox, current_trust(), os.nice(0)))
+        parts.append(_SharedProgress(progress, current, len(tasks)))
+
+    results: list[R] = []
     try:
         while running:
             finished, running = ray.wait(running, timeout=_SECONDS_BETWEEN_REPORTS)
-            results += [ray.get(each) for each in finished]
+            results += map(ray.get, finished)
             for number, (method, *arguments) in mailbox.get_nowait_batch(mailbox.qsize()):
                 getattr(parts[number], method)(*arguments)
     except ray.exceptions.RayTaskError as error:
@@ -360,8 +409,8 @@ def run_ray_tasks(
             raise error.cause from None
         raise
     finally:
-        for each in running:
-            ray.cancel(each, force=True)
+        for reference in running:
+            ray.cancel(reference, force=True)
         mailbox.shutdown(force=True)
         progress.finish()
     return results
@@ -371,6 +420,8 @@ def _run_ray_task(
     work: Callable[[T, Progress], R], task: T, number: int, mailbox: Any, trust: Trust, niceness: int
 ) -> R:
     adopt_trust(trust)
+
+    # One task warns for all of them.
     if number == 0 and os.nice(0) > niceness:
         line = (
             f"WARNING: Ray's workers run at nice {os.nice(0)} and wait for all other processes of their machine; start "
@@ -381,19 +432,19 @@ def _run_ray_task(
 
 
 def device_setting() -> Any:
-    """Return the field `device` of a settings class, which changes no result."""
+    """Return the field `device` of a settings class. It changes no result."""
     return setting(AUTO, DEVICE_HELP, metavar="DEVICE", affects_result=False)
 
 
 def engine_setting(**options: Any) -> Any:
-    """Return the field `engine` of a settings class, which changes no result; options as of `setting`."""
+    """Return the field `engine` of a settings class. It changes no result. Options are the same as in `setting`."""
     return setting(
         "local", "Run on this machine, or on the machines of a Ray cluster.", affects_result=False, **options
     )
 
 
 def address_setting(**options: Any) -> Any:
-    """Return the field `address` of a settings class with an engine; options as of `setting`."""
+    """Return the field `address` of a settings class with an engine. Options are the same as in `setting`."""
     return setting(
         None,
         "Address of a Ray cluster.",
@@ -413,37 +464,48 @@ def torch_device(name: str = AUTO, *, needs_float64: bool = False) -> "torch.dev
 
     Raises:
         SettingError: the device does not exist.
+
+    Example:
+        >>> torch_device("cpu")
+        device(type='cpu')
     """
     import torch
 
     if not isinstance(name, str | int | torch.device):
         raise SettingError(f"device: expected the name of a device, such as {AUTO} or cpu, got {name!r}")
     if name == AUTO:
-        name = next(found for found in _available() if not (needs_float64 and found == "mps"))
+        kinds = _available()
+        if needs_float64 and kinds[0] == "mps":
+            kinds.remove("mps")
+        name = kinds[0]
+
+    # Some devices fail only when they are used.
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        numbered = (f"cuda:{number}" for number in range(torch.cuda.device_count()))
         first_line = str(error).partition("\n")[0]
         reason = "torch knows no such device" if first_line.startswith("Expected one of") else first_line
+        devices = [AUTO, *reversed(_available()), *_gpus()]
         raise SettingError(
-            f"device {name!r} is not available ({reason}); expected one of: "
-            f"{', '.join([AUTO, *reversed(_available()), *numbered])}"
+            f"device {name!r} is not available ({reason}); expected one of: {', '.join(devices)}"
         ) from error
     return device
 
 
 def all_devices() -> tuple[str, ...]:
-    """Return the GPUs of this machine, or the CPU if there are none."""
+    """Return the GPUs of this machine, or its fastest device if there are none."""
+    return _gpus() or (_available()[0],)
+
+
+def _gpus() -> tuple[str, ...]:
     import torch
 
-    numbered = tuple(f"cuda:{number}" for number in range(torch.cuda.device_count()))
-    return numbered or (_available()[0],)
+    return tuple(f"cuda:{number}" for number in range(torch.cuda.device_count()))
 
 
 def autocast(device_type: str, precision: str) -> "torch.autocast":
-    """Return a context in which matrix products have a precision; float32 and `auto` change nothing."""
+    """Return a context in which matrix products have a precision. float32 and `auto` change nothing."""
     import torch
 
     is_lower = precision in ("float16", "bfloat16")
@@ -452,30 +514,37 @@ def autocast(device_type: str, precision: str) -> "torch.autocast":
 
 def products_on(device: str) -> "Products":
     """Return a function that computes the dot products of rows with rows on a device, in float32."""
-    import numpy as np
-
     from embedcache.arrays import dot_products
 
-    where = "cpu" if device == "cpu" else torch_device(device)  # torch takes seconds to import
-    announce_device(where)
-    if str(where) == "cpu":
+    # Torch takes seconds to import, and the CPU's products do not need it.
+    target = "cpu" if device == "cpu" else torch_device(device)
+    announce_device(target)
+    if str(target) == "cpu":
         return dot_products
+
+    import numpy as np
     import torch
 
-    def on_device(left_QP: "Floats", right_CP: "Floats") -> "Floats":
-        left, right = (torch.from_numpy(np.ascontiguousarray(rows)).to(where) for rows in (left_QP, right_CP))
-        products_QC: Floats = (left @ right.T).cpu().numpy()
+    def to_device(rows: "Floats") -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(rows)).to(target)
+
+    def products(left_QP: "Floats", right_CP: "Floats") -> "Floats":
+        products_QC: Floats = (to_device(left_QP) @ to_device(right_CP).T).cpu().numpy()
         return products_QC
 
-    return on_device
+    return products
 
 
 def _available() -> list[str]:
     """Return the kinds of devices that this machine has, the fastest first."""
     import torch
 
-    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    return [name for name, is_available in has.items() if is_available]
+    kinds = ["cpu"]
+    if torch.backends.mps.is_available():
+        kinds.insert(0, "mps")
+    if torch.cuda.is_available():
+        kinds.insert(0, "cuda")
+    return kinds
 
 
 def announce_device(device: "torch.device | str") -> None:
@@ -490,5 +559,5 @@ def announce_device(device: "torch.device | str") -> None:
 
 @cache
 def announce(line: str) -> None:
-    """Log once in a process what it uses; the command line prints it, once per command."""
+    """Log a line once in a process, such as the device it uses. The command line prints it once per command."""
     _log.info("%s", line)
