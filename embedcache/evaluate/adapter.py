@@ -55,8 +55,8 @@ class NeighborsReport:
 
     def lines(self) -> list[str]:
         """Summarize the measurement, with the fraction of neighbors that each kind of query finds."""
-        fractions = (f"{name} {fraction}" for name, fraction in self.reencoded.items())
-        return [self.line(), f"of the {_K} nearest by {self.feature}: {', '.join(fractions)}"]
+        fractions = ", ".join(f"{name} {fraction}" for name, fraction in self.reencoded.items())
+        return [self.line(), f"of the {_K} nearest by {self.feature}: {fractions}"]
 
     def line(self) -> str:
         """Summarize the measurement in one line."""
@@ -111,6 +111,7 @@ def evaluate_adapter(
         check_same(f"control {control}", control_run.info.settings["target"], run.info.settings["target"], next_step="")
         mapped["shuffled rows"] = Vectors(cache.path, modality, run_path=control, device=settings.device)
 
+    # Only items that both encoders have encoded can be compared.
     rows = np.intersect1d(new.rows, old.rows, assume_unique=True)
     split = read_eval_split(cache, run, settings.part, settings.selection)
     samples = cache.items(modality, columns=["sample"])["sample"].to_numpy()
@@ -127,14 +128,20 @@ def evaluate_adapter(
     neighbors = _neighbors({"old encoder": old, **mapped}, old, rows, queries, settings.device, progress)
     old_places, _ = neighbors["old encoder"]
     groups = split.groups[samples[queries]]
-    estimates = {}
+    reencoded_estimates = {}
+    old_estimates = {}
+    own_estimates = {}
     for name, (places, is_own) in neighbors.items():
+        # The three fractions are estimated on the same resamples of groups.
         columns: list[Array] = [neighbor_overlap(places, reencoded), neighbor_overlap(places, old_places), is_own]
-        estimates[name] = bootstrap_means(np.stack(columns, axis=1), groups)
+        estimates = bootstrap_means(np.stack(columns, axis=1), groups)
+        reencoded_estimates[name], old_estimates[name], own_estimates[name] = estimates
 
     num_items = len(rows) - 1
     chance = chance_estimate(_K / num_items, _K * len(queries))
-    estimates["chance"] = [chance, chance, chance_estimate(1 / (num_items + 1), len(queries))]
+    reencoded_estimates["chance"] = chance
+    old_estimates["chance"] = chance
+    own_estimates["chance"] = chance_estimate(1 / (num_items + 1), len(queries))
 
     return NeighborsReport(
         part=split.part,
@@ -142,9 +149,9 @@ def evaluate_adapter(
         target=old.feature.name,
         num_queries=len(queries),
         num_items=num_items,
-        reencoded={name: columns[0] for name, columns in estimates.items()},
-        old={name: columns[1] for name, columns in estimates.items()},
-        own={name: columns[2] for name, columns in estimates.items()},
+        reencoded=reencoded_estimates,
+        old=old_estimates,
+        own=own_estimates,
     )
 
 

@@ -136,8 +136,8 @@ class ProbeReport:
 
     def lines(self) -> list[str]:
         """Summarize the measurement, with the accuracy of each method and of the most frequent class."""
-        scores = [f"{score.method} {score.accuracy}" for score in self.scores]
-        return [self.line(), f"accuracy: {', '.join(scores)}; most frequent class {self.majority:.3f}"]
+        scores = ", ".join(f"{score.method} {score.accuracy}" for score in self.scores)
+        return [self.line(), f"accuracy: {scores}; most frequent class {self.majority:.3f}"]
 
     def line(self) -> str:
         """Summarize the measurement in one line."""
@@ -209,6 +209,7 @@ def evaluate_probe(
     settings = merge_settings(ProbeSettings, settings, {})
     settings = replace_flat(settings, with_split_seed(options, settings))
     progress = to_progress(progress)
+    # Methods are loaded first, as an unknown name or a missing package must not cost the reading of the vectors.
     methods = {name: load_method(name) for name in dict.fromkeys(settings.classifiers)}
     data = read_labeled(Cache(cache), settings, progress=progress)
     data = replace(data, examples=replace(data.examples, products=products_on(settings.device)))
@@ -216,13 +217,15 @@ def evaluate_probe(
     # The control and each number of shots are fitted once per draw.
     num_fits = 1 + (settings.control + len(settings.shots)) * settings.draws
     progress.start("probing", len(methods) * num_fits, "fits")
-    scores = [_score(name, fit, data, progress) for name, fit in methods.items()]
+    scores = []
     controls = []
-    if settings.control:
-        controls = [_control(name, fit, data, settings, progress) for name, fit in methods.items()]
     few_shots = []
     for name, fit in methods.items():
-        few_shots += [_few_shot(name, fit, data, shots, settings, progress) for shots in settings.shots]
+        scores.append(_score(name, fit, data, progress))
+        if settings.control:
+            controls.append(_control(name, fit, data, settings, progress))
+        for shots in settings.shots:
+            few_shots.append(_few_shot(name, fit, data, shots, settings, progress))
     progress.finish()
 
     # Predicting the most frequent class is the level that a probe must exceed.
@@ -250,8 +253,10 @@ def _find_overlap(data: LabeledFeature, progress: Progress) -> Overlap:
 
 def _ranks(fitted: Classifier, test: Examples) -> Ints:
     """Compute the (Q,) rank of each item's class by its score. Memory: the scores of 8,192 items."""
-    all_rows = blocks(len(test.labels), _BLOCK)
-    return np.concatenate([rank_labels(fitted.scores(test.vectors[rows]), test.labels[rows]) for rows in all_rows])
+    ranks_Q = np.empty(len(test.labels), np.int64)
+    for block in blocks(len(test.labels), _BLOCK):
+        ranks_Q[block] = rank_labels(fitted.scores(test.vectors[block]), test.labels[block])
+    return ranks_Q
 
 
 def _score(name: str, fit: Fit, data: LabeledFeature, progress: Progress) -> Score:
@@ -367,12 +372,13 @@ def read_labeled(cache: Cache, settings: ProbeSettings, *, progress: Progress | 
     used_items = items.where(parts != "")
     parts = parts[parts != ""]
     counts = {part: int((parts == part).sum()) for part in PARTS}
-    if empty := [part for part in PARTS if not counts[part]]:
-        listed = ", ".join(f"{name}: {count:,}" for name, count in counts.items())
-        raise DataError(
-            f"{cache.path}: expected {empty[0]} items with {feature.name} and a label, got none ({listed}; {rule}); "
-            "label more items, or use another --split"
-        )
+    for part in PARTS:
+        if not counts[part]:
+            listed = ", ".join(f"{name}: {count:,}" for name, count in counts.items())
+            raise DataError(
+                f"{cache.path}: expected {part} items with {feature.name} and a label, got none ({listed}; {rule}); "
+                "label more items, or use another --split"
+            )
 
     # Classes are checked before the vectors are read, as reading takes longest.
     labels = read_labels(cache, used_items.samples, column=settings.label)
@@ -397,6 +403,8 @@ def read_labeled(cache: Cache, settings: ProbeSettings, *, progress: Progress | 
 def _check_classes(cache: Cache, settings: ProbeSettings, labels: Labels, *, is_training: Bools) -> None:
     """Check that training items have two classes, and enough items of each for the shots."""
     classes, num_items = np.unique(labels.numbers[is_training], return_counts=True)
+
+    # Every classifier is right on a single class.
     if len(classes) < 2:
         raise DataError(
             f"column {settings.label!r} of {cache.path}: expected at least two classes among the training items, got "
@@ -424,7 +432,7 @@ def _parts(
     if _SPLIT in cache.columns and (split.kind == "column" or is_default):
         names = cache.column(_SPLIT)
         part_S: Array = column_parts(names).to_numpy(zero_copy_only=False).astype("<U5")
-        values = sorted({str(value).lower() for value in pc.unique(names).to_pylist()})
+        values = sorted(set(map(str.lower, map(str, pc.unique(names).to_pylist()))))
         group_S[items.samples[::-1]] = items.contents[::-1]  # the first item decides, so copies are not divided
         rule = f"column {_SPLIT!r}"
         cosines = split.cosines
@@ -432,17 +440,22 @@ def _parts(
         reader = {feature.modality: feature.read}
         divided = make_split([cache], Pairs(first=items, second=items), split, reader, progress=progress)
         part_S = np.full(cache.info.num_samples, "", "<U5")
+        values = []
         for name in PARTS:
-            part_S[divided.mask(name)] = name
-        values = [name for name in PARTS if name in part_S]
+            mask_S = divided.mask(name)
+            part_S[mask_S] = name
+            if mask_S.any():
+                values.append(name)
         group_S = np.array(divided.groups)
         rule = f"{split.path or 'split'} ({divided.line()})".removesuffix(" ()")
         cosines = divided.cosines
 
     names_present = set(np.unique(part_S).tolist())
     if not {"train", part} <= names_present:
-        alternatives = [name for name in ("test", "val") if {"train", name} <= names_present]
-        next_step = f"; use another part: --part {alternatives[0]}" if alternatives else ""
+        next_step = ""
+        for name in ("val", "test"):
+            if {"train", name} <= names_present:
+                next_step = f"; use another part: --part {name}"
         raise DataError(
             f"parts of {cache.path} by {rule}: expected train and {part}, got {', '.join(values)}{next_step}"
         )
@@ -453,6 +466,7 @@ def _parts(
         part_S[part_S == part] = "test"
         rule += f", {part} is held out"
 
+    # Hyperparameters are chosen on validation, so that the test part is only measured.
     if not (part_S == "val").any():
         train = np.intersect1d(items.samples, np.flatnonzero(part_S == "train"))
         quota = round(split.val_fraction * len(train))
@@ -468,6 +482,7 @@ def _read_vectors(feature: InputFeature, rows: Ints, progress: Progress) -> Floa
     position_N[rows] = np.arange(len(rows))
     vectors_MD = np.empty((len(rows), feature.width), np.float32)
 
+    # All blocks are read, as a checksum covers a whole chunk.
     progress.start(f"loading {feature.name}", feature.num_items, noun(feature.modality))
     for rows_B, inputs in feature.blocks():
         position_B = position_N[rows_B]

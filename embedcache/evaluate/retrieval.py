@@ -158,18 +158,24 @@ class RetrievalReport:
         """Return `line` and, for each direction, its recalls, their chance level and its ranks, for `print`."""
         lines = [self.line()]
         for direction, recalls in self.recalls.items():
-            chances = self.chance[direction]
-            values = (f"R@{k} {recalls[f'r@{k}']}, chance {chances[f'r@{k}'].value:.3f}" for k in KS)
+            metrics = []
+            for k in KS:
+                chance = self.chance[direction][f"r@{k}"].value
+                metrics.append(f"R@{k} {recalls[f'r@{k}']}, chance {chance:.3f}")
+
             ranks = self.rank_metrics[direction]
-            median = f"median rank {ranks['median_rank'].value:g}, mAP {ranks['map']}"
-            lines.append(f"{direction}: {'; '.join([*values, median])}")
+            metrics.append(f"median rank {ranks['median_rank'].value:g}, mAP {ranks['map']}")
+            lines.append(f"{direction}: {'; '.join(metrics)}")
         return "\n".join(lines)
 
     def line(self) -> str:
         """Summarize the measurement in one line, with a warning if the part overlaps with the training part."""
         language = f" in {self.language}" if self.language else ""
-        nouns = pair_nouns(tuple(self.num_items))
-        counts = ", ".join(f"{num[0]:,} {name}" for num, name in zip(self.num_items.values(), nouns, strict=True))
+        first_noun, second_noun = pair_nouns(tuple(self.num_items))
+        first_counts, second_counts = self.num_items.values()
+        counts = f"{first_counts[0]:,} {first_noun}, {second_counts[0]:,} {second_noun}"
+
+        # Classes of prototypes were seen in training by their names.
         prototypes = ""
         if self.named_samples:
             num_named, num_samples = self.named_samples[0]
@@ -229,6 +235,7 @@ def evaluate_retrieval(
     rankings = [rank(cache, run, settings, progress=progress) for run in runs]
     first = rankings[0]
 
+    # Both directions are reported, as one may be much easier than the other.
     recalls = {}
     rank_metrics = {}
     curves = {}
@@ -252,12 +259,18 @@ def evaluate_retrieval(
         by_width[first.first.shape[1]] = recalls
 
     # Prototypes know the names of their classes, so queries that name none are also reported by themselves.
-    named_samples = [(len(each.named), len(each.pairs.samples)) for each in rankings if each.named is not None]
+    named_samples = []
+    has_unnamed = False
+    for ranking in rankings:
+        if ranking.named is not None:
+            named_samples.append((len(ranking.named), len(ranking.pairs.samples)))
+            has_unnamed |= len(ranking.named) < len(ranking.pairs.samples)
     unnamed = {}
-    if any(num_named < num_all for num_named, num_all in named_samples):
-        unnamed = {direction: _unnamed_recalls(rankings, direction) for direction in recalls}
+    if has_unnamed:
+        for direction in recalls:
+            unnamed[direction] = _unnamed_recalls(rankings, direction)
 
-    num_items = ([len(ranking.first) for ranking in rankings], [len(ranking.second) for ranking in rankings])
+    first_modality, second_modality = first.modalities
     return RetrievalReport(
         part=first.part,
         language=ranked_language(runs[0], settings),
@@ -267,9 +280,12 @@ def evaluate_retrieval(
         chance=chances,
         over_seeds=over_runs,
         by_width=by_width,
-        by_seed=[_mean_recall(ranking) for ranking in rankings],
-        num_items=dict(zip(first.modalities, num_items, strict=True)),
-        seeds=[ranking.seed for ranking in rankings],
+        by_seed=list(map(_mean_recall, rankings)),
+        num_items={
+            first_modality: [len(ranking.first) for ranking in rankings],
+            second_modality: [len(ranking.second) for ranking in rankings],
+        },
+        seeds=[run.seed for run in runs],
         overlap=largest_overlap(ranking.overlap for ranking in rankings),
         run_paths=[run.path for run in runs],
         unnamed=unnamed,
@@ -332,7 +348,10 @@ def _mean_recall(ranking: Ranking) -> float:
 
 def _recalls(rankings: Sequence[Ranking], direction: str, width: int | None = None) -> dict[str, Estimate]:
     """Estimate the recalls of all runs together. With a width, use that many components of the shared space."""
-    ranks = [(ranking.ranks if width is None else ranking.by_width[width])[direction] for ranking in rankings]
+    ranks = []
+    for ranking in rankings:
+        by_direction = ranking.ranks if width is None else ranking.by_width[width]
+        ranks.append(by_direction[direction])
     return hit_rates(ranks, _clusters(rankings, direction), _RECALLS)
 
 
@@ -363,20 +382,31 @@ def _rank_metrics(rankings: Sequence[Ranking], direction: str) -> dict[str, Esti
     """Estimate mean average precision and median rank over the queries of all runs."""
     clusters = np.concatenate(_clusters(rankings, direction))
     precisions_Q = np.concatenate([ranking.average_precisions[direction] for ranking in rankings])
-    ranks_Q = np.concatenate([ranking.ranks[direction] for ranking in rankings])
+    ranks_Q = _pooled_ranks(rankings, direction)
     return {"map": bootstrap_mean(precisions_Q, clusters), "median_rank": bootstrap_median(ranks_Q, clusters)}
+
+
+def _pooled_ranks(rankings: Sequence[Ranking], direction: str) -> Ints:
+    """Return the ranks of the queries of all runs."""
+    ranks_Q: Ints = np.concatenate([ranking.ranks[direction] for ranking in rankings])
+    return ranks_Q
 
 
 def _recall_curve(rankings: Sequence[Ranking], direction: str) -> list[float]:
     """Compute recall@k for k from 1 to at most `_MAX_K`."""
-    ranks_Q = np.concatenate([ranking.ranks[direction] for ranking in rankings])
+    ranks_Q = _pooled_ranks(rankings, direction)
     num_candidates = max(len(ranking.sides(direction)[1].rows) for ranking in rankings)
     return [recall_at(ranks_Q, k) for k in range(1, min(_MAX_K, num_candidates) + 1)]
 
 
 def _chances(rankings: Sequence[Ranking], direction: str) -> dict[str, Estimate]:
     # Equal queries are right or wrong together, so they count as fewer independent ones.
-    num_queries = sum(effective_number(ranking.sides(direction)[0].contents) for ranking in rankings)
+    num_queries = 0
+    for ranking in rankings:
+        queries, _ = ranking.sides(direction)
+        num_queries += effective_number(queries.contents)
+
+    # Runs may rank different items, so their chance levels are averaged like their recalls.
     chances = {}
     for k in KS:
         expected = float(np.mean([chance_at(ranking, direction, k) for ranking in rankings]))
@@ -396,12 +426,15 @@ def rank(
     """Project and rank one part of a cache with one run, in both directions."""
     settings = settings or RetrievalSettings(check_overlap=False)
     progress = progress or NullProgress()
-    modalities = run.modalities
-    features = [run_input(cache, run, modality) for modality in modalities]
+    first_modality, second_modality = run.modalities
+    first_feature = run_input(cache, run, first_modality)
+    second_feature = run_input(cache, run, second_modality)
     split = read_eval_split(cache, run, settings.part, settings.selection)
     language = ranked_language(run, settings)
+
+    # Contents are numbered below, when fewer items are left.
     pairs = pair_items(
-        [cache], *([feature] for feature in features), language=language, is_numbered=False, progress=progress
+        [cache], [first_feature], [second_feature], language=language, is_numbered=False, progress=progress
     ).select(split.samples)
     if not len(pairs.samples):
         raise DataError(
@@ -410,14 +443,16 @@ def rank(
 
     # Equal items of the drawn samples get one number, by which ties and chance levels are computed.
     pairs, part = _draw_samples(pairs, split.part, settings.max_samples)
-    pairs = Pairs(first=number_items(pairs.first, features[0]), second=number_items(pairs.second, features[1]))
-    item_sets = [ItemSet(*side) for side in zip(features, (pairs.first, pairs.second), strict=True)]
+    pairs = Pairs(first=number_items(pairs.first, first_feature), second=number_items(pairs.second, second_feature))
+    first_items = ItemSet(first_feature, pairs.first)
+    second_items = ItemSet(second_feature, pairs.second)
 
-    # A width that is too large is refused before the items are projected.
+    # A width that is too large is rejected before the items are projected.
     widths = _smaller_widths(run, settings)
-    vectors = [_project(run, item_set, progress) for item_set in item_sets]
+    first_NP = _project(run, first_items, progress)
+    second_NP = _project(run, second_items, progress)
     positives = pairs.positives()
-    whole_counts = _count_before(run, "ranking", vectors, positives, progress)
+    whole_counts = _count_before(run, "ranking", first_NP, second_NP, positives, progress)
     ranks = {}
     precisions = {}
     for direction, count in whole_counts.items():
@@ -427,22 +462,25 @@ def rank(
     # The first components of a vector are scaled to length 1 again, so that products are cosines.
     by_width = {}
     for width in widths:
-        narrow = [normalize(vectors_NP[:, :width]) for vectors_NP in vectors]
-        counts = _count_before(run, f"ranking by width {width}", narrow, positives, progress)
+        first_NW = normalize(first_NP[:, :width])
+        second_NW = normalize(second_NP[:, :width])
+        counts = _count_before(run, f"ranking by width {width}", first_NW, second_NW, positives, progress)
         by_width[width] = {direction: first_ranks(*count) for direction, count in counts.items()}
+
+    items = {first_modality: first_items, second_modality: second_items}
 
     return Ranking(
         seed=run.seed,
         part=part,
         pairs=pairs,
         groups=split.groups,
-        modalities=modalities,
-        first=vectors[0],
-        second=vectors[1],
+        modalities=run.modalities,
+        first=first_NP,
+        second=second_NP,
         positives=positives,
         ranks=ranks,
         average_precisions=precisions,
-        overlap=find_overlap(run, cache, dict(zip(modalities, item_sets, strict=True)), settings, progress=progress),
+        overlap=find_overlap(run, cache, items, settings, progress=progress),
         by_width=by_width,
         named=_find_named(cache, run, pairs),
     )
@@ -481,10 +519,11 @@ def _draw_samples(pairs: Pairs, part: str, max_samples: int) -> tuple[Pairs, str
 def _smaller_widths(run: Run, settings: RetrievalSettings) -> list[int]:
     """Return the smaller widths to rank by, ascending, from the settings or from training."""
     whole = run.shared_width
-    if too_wide := [width for width in settings.widths if width > whole]:
-        raise SettingError(
-            f"widths: expected at most the width of the shared space of {run.path}, {whole}, got {too_wide[0]}"
-        )
+    for width in settings.widths:
+        if width > whole:
+            raise SettingError(
+                f"widths: expected at most the width of the shared space of {run.path}, {whole}, got {width}"
+            )
     widths = settings.widths or run.info.settings.get("loss", {}).get("widths", ())
     return sorted(set(widths) - {whole})
 
@@ -500,10 +539,9 @@ def _project(run: Run, items: ItemSet, progress: Progress) -> Floats:
 
 
 def _count_before(
-    run: Run, step: str, vectors: Sequence[Floats], positives: tuple[Ints, Ints], progress: Progress
+    run: Run, step: str, first_NP: Floats, second_NP: Floats, positives: tuple[Ints, Ints], progress: Progress
 ) -> dict[str, tuple[Ints, Ints]]:
     """Return, by direction, the query of each positive pair and the number of negatives before the positive."""
-    first, second = vectors
     first_M, second_M = positives
     multiply = products_on(run.device)
 
@@ -513,10 +551,10 @@ def _count_before(
         return products_QC
 
     there, back = directions(run.modalities)
-    progress.start(step, len(first) + len(second), "queries")
+    progress.start(step, len(first_NP) + len(second_NP), "queries")
     counts = {
-        there: (first_M, negatives_before(first, second, (first_M, second_M), products=products)),
-        back: (second_M, negatives_before(second, first, (second_M, first_M), products=products)),
+        there: (first_M, negatives_before(first_NP, second_NP, (first_M, second_M), products=products)),
+        back: (second_M, negatives_before(second_NP, first_NP, (second_M, first_M), products=products)),
     }
     progress.finish()
     return counts

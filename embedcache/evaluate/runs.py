@@ -56,6 +56,7 @@ def load_runs(run_paths: RunPaths, *, is_control: bool = False, device: str = AU
     if not runs:
         raise SettingError(_NO_RUN)
 
+    # Two runs of one seed are the same run, which would make the interval over seeds too small.
     seeds = [run.seed for run in runs]
     if len(set(seeds)) < len(seeds):
         raise SettingError(f"expected runs of different seeds to average, got seeds {', '.join(map(str, seeds))}")
@@ -96,10 +97,9 @@ def group_by_recipe(run_paths: RunPaths, *, is_control: bool = False) -> dict[st
     # Two runs of the same seed are not independent, so their average would say nothing about seeds.
     recipes: list[list[Path]] = []
     for group in by_recipe.values():
-        if len({run.seed for run in group}) == len(group):
-            recipes.append([run.path for run in group])
-        else:
-            recipes += [[run.path] for run in group]
+        group_paths = [run.path for run in group]
+        has_distinct_seeds = len({run.seed for run in group}) == len(group)
+        recipes += [group_paths] if has_distinct_seeds else [[path] for path in group_paths]
     return _name_recipes(recipes)
 
 
@@ -111,8 +111,9 @@ def _name_recipes(recipes: Sequence[list[Path]]) -> dict[str, list[Path]]:
         stems = [re.sub(r"[-_.]\d+$", "", path.name) or path.name for path in paths]
         names.append(", ".join(dict.fromkeys(stems)))
 
+    # Runs of different studies may have the same folder names, so then their paths tell them apart.
     if len(set(names)) < len(names):
-        folders = [path.name for paths in recipes for path in paths]
+        folders = [path.name for path in chain(*recipes)]
         is_unique = len(set(folders)) == len(folders)
         names = []
         for paths in recipes:
@@ -143,6 +144,7 @@ def iterate_recipes(run_paths: RunPaths, control_paths: RunPaths) -> Iterator[Re
     for name, paths in runs.items():
         yield RecipeRuns(name, paths, is_control=False)
 
+    # A single control needs no name of its recipe.
     for name, paths in controls.items():
         is_clear = len(controls) == 1 and _CONTROL not in runs
         yield RecipeRuns(_CONTROL if is_clear else f"{_CONTROL}, {name}", paths, is_control=True)
@@ -224,6 +226,8 @@ def read_part(cache: Cache, part: str | None = None) -> EvalSplit:
     names = cache.column("split") if "split" in cache.columns else pa.chunked_array([], pa.string())
     groups = np.arange(cache.info.num_samples)
     rows = np.flatnonzero(pc.equal(column_parts(names), part or "test"))
+
+    # A cache that was collected only for evaluation has no parts.
     if part == "all" or (part is None and not len(rows)):
         return EvalSplit("all samples", np.setdiff1d(groups, cache.removed, assume_unique=True), groups)
 
@@ -271,8 +275,10 @@ class ClassNames:
         self.num_classes = len(lines)
         self._names: set[tuple[str, ...]] = set()
         for line in lines:
-            self._names |= {_words(name) for name in line.split(",")}
+            self._names.update(map(_words, line.split(",")))
         self._names.discard(())
+
+        # Only runs of words of these lengths are looked up, which keeps the search linear in the text.
         self._lengths = sorted(set(map(len, self._names)))
 
     def are_in(self, texts: Iterable[str]) -> Bools:
@@ -280,11 +286,15 @@ class ClassNames:
         return np.array([self._is_in(_words(text)) for text in texts], bool)
 
     def _is_in(self, words: tuple[str, ...]) -> bool:
-        starts = range(len(words))
-        return any(words[start : start + length] in self._names for length in self._lengths for start in starts)
+        for length in self._lengths:
+            for start in range(len(words)):
+                if words[start : start + length] in self._names:
+                    return True
+        return False
 
 
 def _words(text: str) -> tuple[str, ...]:
+    # Without a final s, a plural equals its singular.
     return tuple(word.removesuffix("s") for word in re.findall(r"\w+", text.lower()))
 
 
@@ -353,7 +363,12 @@ def find_overlap(
     if not (caches or absent_paths):  # no pair was trained on
         return None
 
-    trained = list(filter(None, (training_items(run, training_cache) for training_cache in caches)))
+    # No selected sample of a cache may be in the training part.
+    trained = []
+    for training_cache in caches:
+        items = training_items(run, training_cache)
+        if items:
+            trained.append(items)
     cosines = read_split_cosines(run.path / SPLIT)
     return measure_overlap(evaluated, trained, cosines, not_compared=absent_paths, progress=progress)
 
@@ -368,6 +383,8 @@ def measure_overlap(
 ) -> Overlap:
     """Compare evaluated items, by modality, with the training items of each cache. See `find_overlap`."""
     samples = distinct(np.concatenate([items.items.samples for items in evaluated.values()]))
+
+    # Cosines of all samples of a large part would take hours, so some are drawn.
     count = min(len(samples), _num_affordable(evaluated, trained) if trained else 0)
     checked = np.sort(np.random.default_rng(0).choice(samples, count, replace=False))
     cosines = {modality: cosines[modality] for modality in evaluated}
@@ -415,12 +432,12 @@ def _open_training_caches(run: Run, cache: Cache, paths: Sequence[str]) -> tuple
     caches = []
     absent_paths = []
     for index_digest, path in zip_longest(index_digests, recorded_paths, fillvalue="an unnamed cache"):
-        candidates = chain([cache], moved_caches, _open_recorded(run, path))
-        match = next((candidate for candidate in candidates if candidate.info.has_rows_of(index_digest)), None)
-        if match is None:
-            absent_paths.append(path)
+        for candidate in chain([cache], moved_caches, _open_recorded(run, path)):
+            if candidate.info.has_rows_of(index_digest):
+                caches.append(candidate)
+                break
         else:
-            caches.append(match)
+            absent_paths.append(path)
     return caches, absent_paths
 
 
@@ -442,7 +459,9 @@ def training_items(run: Run, cache: Cache) -> Mapping[str, ItemSet]:
     if not len(rows):
         return {}
 
-    first, second = (run_input(cache, run, modality) for modality in run.info.inputs)
+    first_modality, second_modality = run.info.inputs
+    first = run_input(cache, run, first_modality)
+    second = run_input(cache, run, second_modality)
     language = run.info.settings.get("language")
     pairs = pair_items([cache], [first], [second], language=language, is_numbered=False).select(rows)
     return {first.modality: ItemSet(first, pairs.first), second.modality: ItemSet(second, pairs.second)}

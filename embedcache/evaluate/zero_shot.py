@@ -84,6 +84,12 @@ class ZeroShotPredictions:
     is_named: Bools | None = None
 
     @property
+    def clusters(self) -> Ints:
+        """Near-duplicate group of each item: (N,) int64. Groups are resampled for intervals."""
+        clusters_N: Ints = self.split.groups[self.items.samples]
+        return clusters_N
+
+    @property
     def is_unnamed(self) -> Bools:
         """Whether no prototype of the run names the class of each item: (N,) bool."""
         assert self.is_named is not None
@@ -139,8 +145,10 @@ class ZeroShotReport:
 
     def __repr__(self) -> str:
         """Return `line`, and below it the accuracies with their chance levels, for notebooks and `print`."""
-        values = (f"{name} {each}, chance {self.chance[name].value:.3f}" for name, each in self.accuracies.items())
-        return "\n".join([self.line(), "; ".join(values)])
+        values = []
+        for name, accuracy in self.accuracies.items():
+            values.append(f"{name} {accuracy}, chance {self.chance[name].value:.3f}")
+        return f"{self.line()}\n{'; '.join(values)}"
 
     def line(self) -> str:
         """Summarize the measurement in one line, with a warning if the part overlaps with the training part."""
@@ -199,43 +207,36 @@ def evaluate_zero_shot(
     cache = Cache(cache)
     runs = load_runs(run, is_control=is_control, device=settings.device)
     progress = to_progress(progress)
+
+    # A list of names is encoded by the text encoder of the runs.
     if is_names(prompts):
         text = runs[0].input("text")
         prompts_cache = open_names(prompts, text.spec, text.feature, text.fingerprint, progress=progress)
     else:
         prompts_cache = Cache(prompts)
 
-    # Runs are evaluated one by one, and their items are pooled for the estimates.
     predictions = [classify(cache, run, prompts_cache, settings, progress=progress) for run in runs]
+    return _summarize(predictions, runs, prompts_cache)
+
+
+def _summarize(predictions: Sequence[ZeroShotPredictions], runs: Sequence[Run], prompts_cache: Cache) -> ZeroShotReport:
+    """Estimate the accuracies of all runs together. Their items are pooled."""
     first = predictions[0]
     num_classes = len(first.names)
-    ranks = [prediction.ranks for prediction in predictions]
-    clusters = [prediction.split.groups[prediction.items.samples] for prediction in predictions]
-    labels_N = np.concatenate([prediction.labels for prediction in predictions])
-    is_right_N = np.concatenate(ranks) == 1
-    predicted_N = np.concatenate([prediction.predicted[:, 0] for prediction in predictions])
+    masks = [np.ones(len(prediction.labels), bool) for prediction in predictions]
+    accuracies = _accuracies(predictions, masks)
 
     # Prototypes know the names of their classes, so other classes are also reported by themselves.
-    accuracies = _accuracies(ranks, clusters, labels_N)
+    labels_N = np.concatenate([prediction.labels for prediction in predictions])
     unnamed: Mapping[str, Estimate] = {}
     if first.is_named is not None and not first.is_named[labels_N].all():
-        masks = [prediction.is_unnamed for prediction in predictions]
-        unnamed_ranks = []
-        unnamed_clusters = []
-        for mask, ranks_N, clusters_N in zip(masks, ranks, clusters, strict=True):
-            unnamed_ranks.append(ranks_N[mask])
-            unnamed_clusters.append(clusters_N[mask])
-        unnamed = _accuracies(unnamed_ranks, unnamed_clusters, labels_N[np.concatenate(masks)])
+        unnamed = _accuracies(predictions, [prediction.is_unnamed for prediction in predictions])
 
-    by_run = {}
-    for name, k in _ACCURACIES.items():
-        by_run[name] = [recall_at(ranks_N, k) for ranks_N in ranks]
-    by_run["mean_per_class_recall"] = [
-        float(np.nanmean(class_means(prediction.ranks == 1, prediction.labels, num_classes)))
-        for prediction in predictions
-    ]
-
-    chances = {"acc1": 1 / num_classes, "acc5": min(1, 5 / num_classes), "mean_per_class_recall": 1 / num_classes}
+    # One run says nothing about the variance of seeds.
+    by_run = _accuracies_by_run(predictions)
+    clusters = [prediction.clusters for prediction in predictions]
+    predicted_N = np.concatenate([prediction.predicted[:, 0] for prediction in predictions])
+    is_right_N = np.concatenate([prediction.ranks for prediction in predictions]) == 1
     return ZeroShotReport(
         part=first.split.part,
         modality=first.modality,
@@ -245,7 +246,11 @@ def evaluate_zero_shot(
         num_unlabeled=first.num_unlabeled,
         accuracies=accuracies,
         over_seeds=over_seeds(accuracies, by_run, clusters) if len(runs) > 1 else {},
-        chance={name: chance_estimate(accuracy, len(labels_N)) for name, accuracy in chances.items()},
+        chance={
+            "acc1": chance_estimate(1 / num_classes, len(labels_N)),
+            "acc5": chance_estimate(min(1, 5 / num_classes), len(labels_N)),
+            "mean_per_class_recall": chance_estimate(1 / num_classes, len(labels_N)),
+        },
         by_class=class_means(is_right_N, labels_N, num_classes),
         confusion=count_confusion(labels_N, predicted_N, num_classes),
         by_seed=by_run["acc1"],
@@ -258,12 +263,37 @@ def evaluate_zero_shot(
     )
 
 
-def _accuracies(ranks: Sequence[Ints], clusters: Sequence[Ints], labels_N: Ints) -> dict[str, Estimate]:
-    """Estimate the accuracies of all runs together, given ranks and groups of the items of each run."""
+def _accuracies(predictions: Sequence[ZeroShotPredictions], masks: Sequence[Bools]) -> dict[str, Estimate]:
+    """Estimate the accuracies of all runs together, on the items of each run where its (N,) mask is set."""
+    ranks = []
+    clusters = []
+    labels = []
+    for prediction, mask_N in zip(predictions, masks, strict=True):
+        ranks.append(prediction.ranks[mask_N])
+        clusters.append(prediction.clusters[mask_N])
+        labels.append(prediction.labels[mask_N])
+
+    # Classes count equally in the mean, however many items they have.
     accuracies = hit_rates(ranks, clusters, _ACCURACIES)
     is_right_N = np.concatenate(ranks) == 1
-    accuracies["mean_per_class_recall"] = bootstrap_class_mean(is_right_N, labels_N, np.concatenate(clusters))
+    accuracies["mean_per_class_recall"] = bootstrap_class_mean(
+        is_right_N, np.concatenate(labels), np.concatenate(clusters)
+    )
     return accuracies
+
+
+def _accuracies_by_run(predictions: Sequence[ZeroShotPredictions]) -> dict[str, list[float]]:
+    """Compute each accuracy of each run."""
+    by_run: dict[str, list[float]] = {}
+    for name, k in _ACCURACIES.items():
+        by_run[name] = [recall_at(prediction.ranks, k) for prediction in predictions]
+
+    # A class without items has the mean NaN.
+    by_run["mean_per_class_recall"] = []
+    for prediction in predictions:
+        recalls_C = class_means(prediction.ranks == 1, prediction.labels, len(prediction.names))
+        by_run["mean_per_class_recall"].append(float(np.nanmean(recalls_C)))
+    return by_run
 
 
 def compare_zero_shot(
@@ -374,8 +404,10 @@ def _rank(
     classes_CP = class_vectors(prompts, run.pair.tower("text"), device=run.device)
     ranks = []
     predicted = []
-    progress.start("classifying", len(rows), noun(feature.modality))
     tower = run.pair.tower(feature.modality)
+
+    # Blocks keep memory independent of the number of items.
+    progress.start("classifying", len(rows), noun(feature.modality))
     for block in blocks(len(rows), _BLOCK):
         scores_BC = project(tower, feature.read(rows[block]), device=run.device) @ classes_CP.T
         ranks.append(rank_labels(scores_BC, labels[block]))
