@@ -224,7 +224,7 @@ def find_leaks(
         if modality not in common:
             raise SettingError(f"feature: expected a modality of both caches, {' or '.join(common)}, got {modality}")
 
-    # All features are chosen first, so that a wrong one is refused before the work on another.
+    # All features are chosen first, so that a wrong one is rejected before the work on another.
     chosen = [_choose_features(train, test, name, requested.get(name)) for name in common]
     leaks = []
     for train_feature, test_feature, reason in chosen:
@@ -311,23 +311,32 @@ def _choose_features(
     reason = None
     differences = name_differences(train_feature.fingerprint, test_feature.fingerprint)
     if name is None:
-        train_names = ", ".join(feature.name for feature in train.features(modality))
-        test_names = ", ".join(feature.name for feature in test.features(modality))
+        train_names = _feature_names(train, modality)
+        test_names = _feature_names(test, modality)
         reason = f"no encoder made {modality} features of both: {train_names} in training, {test_names} in test"
     elif differences or train_feature.name != test_feature.name:
         reason = (
             f"{train_feature.name} of {train_feature.spec} in training and {test_feature.name} of {test_feature.spec} "
             f"in test are of different encoders ({'; '.join(differences[:2]) or 'the features differ'})"
         )
-    if reason is not None and all(cache.info.source.get("type") == IMPORTED_SOURCE for cache in (train, test)):
+    if reason is not None and _is_imported(train) and _is_imported(test):
         reason += f"; {IMPORT_TOGETHER}"
     return train_feature, test_feature, reason
 
 
+def _feature_names(cache: Cache, modality: str) -> str:
+    return ", ".join(feature.name for feature in cache.features(modality))
+
+
+def _is_imported(cache: Cache) -> bool:
+    return bool(cache.info.source.get("type") == IMPORTED_SOURCE)
+
+
 def _are_vectors_hashed(cache: Cache, modality: str) -> bool:
     """Return whether the hashes of a modality were computed from imported vectors, also for derived features."""
-    is_imported = cache.info.source.get("type") == IMPORTED_SOURCE
-    return modality != "text" and (is_imported or any(group.is_imported for group in cache.encoders(modality)))
+    if modality == "text":
+        return False
+    return _is_imported(cache) or any(group.is_imported for group in cache.encoders(modality))
 
 
 def _common_features(train: Cache, test: Cache, modality: str) -> list[str]:

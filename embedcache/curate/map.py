@@ -195,8 +195,9 @@ def compute_map(index: OpenIndex, settings: MapSettings, *, progress: Progress |
     members = [np.flatnonzero(clusters_N == number) for number in range(clusters_N.max() + 1)]
     nearest = [_nearest(rows_N, np.concatenate(cosines), inside) for inside in members]
     hits = [index.hits.read(np.zeros(len(rows), np.float32), rows) for rows in nearest]
-    names = name_clusters(hits) if opened is None else _name_by_concepts(opened, np.concatenate(concepts), clusters_N)
 
+    # Names come from all clusters together, as they must tell them apart.
+    names = name_clusters(hits) if opened is None else _name_by_concepts(opened, np.concatenate(concepts), clusters_N)
     clusters = []
     for name, inside, rows, shown in zip(names, members, nearest, hits, strict=True):
         clusters.append(_to_cluster(name, points_N2[inside], rows, shown))
@@ -243,7 +244,7 @@ def read_map(index: OpenIndex) -> IndexMap | None:
         table = read_table(path)
         header = read_metadata(path, table.schema)
         about = {"format": FORMAT, **_about(index)}
-        if {name: header.get(name) for name in about} != about:
+        if header != {**header, **about}:
             return None
 
         stored = IndexMap(
@@ -377,18 +378,23 @@ def name_clusters(hits: Sequence[Sequence[Hit]]) -> list[str]:
     no captions.
     """
     fractions = []
-    mean: Counter[str] = Counter()
+    mean: dict[str, float] = {}
     for cluster in hits:
         counts: Counter[str] = Counter()
         for hit in cluster:
             counts.update(_words(hit))
         words = {word: number / len(cluster) for word, number in counts.items()}
         fractions.append(words)
-        mean.update({word: fraction / len(hits) for word, fraction in words.items()})
+
+        # Clusters count equally, however many items of each are read.
+        for word, fraction in words.items():
+            mean[word] = mean.get(word, 0.0) + fraction / len(hits)
 
     names = []
     for number, words in enumerate(fractions):
-        weights = {word: fraction * math.log(fraction / mean[word]) for word, fraction in words.items()}
+        weights = {}
+        for word, fraction in words.items():
+            weights[word] = fraction * math.log(fraction / mean[word])
         best = sorted(weights, key=lambda word: (-weights[word], -words[word], word))[:2]
 
         # A second word that distinguishes much less would only blur the name.
@@ -407,5 +413,9 @@ def _words(hit: Hit) -> set[str]:
 
 def _question(hits: Sequence[Hit]) -> str:
     """Return a short caption of the nearest items, for an example question."""
-    captions = [hit.captions[0].strip() for hit in hits[:8] if hit.captions]
-    return min((one for one in captions if len(one) <= _MAX_QUESTION and "\n" not in one), key=len, default="")
+    captions = []
+    for hit in hits[:8]:
+        caption = hit.captions[0].strip() if hit.captions else ""
+        if hit.captions and len(caption) <= _MAX_QUESTION and "\n" not in caption:
+            captions.append(caption)
+    return min(captions, key=len, default="")

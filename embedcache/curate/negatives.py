@@ -124,19 +124,8 @@ def mine_negatives(
             raise SettingError("feature: expected the features of the run, got others; omit them, or --run")
         feature = {name: side.feature for name, side in run.info.inputs.items()}
     data = open_data(cache.path, feature, memory_bytes=_MEMORY_BYTES, progress=progress)
-    modality = settings.modality or next(iter(data.sides))
-    if modality not in data.sides:
-        raise SettingError(f"modality: expected {' or '.join(data.sides)}, got {modality}")
-    compared = modality if run is None else next(name for name in data.sides if name != modality)
-
     pairs = _choose_pairs(cache, data, run, settings, progress)
-    items = dict(zip(data.sides, (pairs.first, pairs.second), strict=True))
-    sides = {}
-    for name in dict.fromkeys((modality, compared)):
-        vectors = Vectors(cache, name, data.features[name].name, settings.run, device=settings.device)
-        sides[name] = _Side(items[name], vectors)
-    queries = sides[modality]
-    candidates = sides[compared]
+    queries, candidates = _open_sides(cache, data, pairs, settings)
     index = None if settings.index is None else _open_index(settings.index, candidates.vectors)
 
     # Near-duplicates of a sample would be false negatives, so groups are formed before the search.
@@ -173,6 +162,21 @@ class _Side(NamedTuple):
 
     items: Items
     vectors: Vectors
+
+
+def _open_sides(cache: Cache, data: TrainData, pairs: Pairs, settings: NegativesSettings) -> tuple[_Side, _Side]:
+    """Open the queries and the candidates. Without a run, they are of one modality and are the same side."""
+    modalities = list(data.sides)
+    modality = settings.modality or modalities[0]
+    if modality not in modalities:
+        raise SettingError(f"modality: expected {' or '.join(modalities)}, got {modality}")
+
+    items = dict(zip(modalities, (pairs.first, pairs.second), strict=True))
+    sides = []
+    for name in [modality] if settings.run is None else sorted(modalities, key=lambda name: name != modality):
+        vectors = Vectors(cache, name, data.features[name].name, settings.run, device=settings.device)
+        sides.append(_Side(items[name], vectors))
+    return sides[0], sides[-1]
 
 
 def _choose_pairs(
