@@ -94,9 +94,12 @@ class AudioEncoder:
         """Convert waveforms to model inputs.
 
         Raises:
-            ItemError: one of the waveforms cannot be encoded; the message says why.
+            ItemError: one of the waveforms cannot be encoded. The message says why.
         """
-        return [self._prepare(check_audio(item, self._min_samples)) for item in items]
+        inputs = []
+        for item in items:
+            inputs.append(self._prepare(check_audio(item, self._min_samples)))
+        return inputs
 
     def encode(self, prepared: Sequence[Array], names: Sequence[str]) -> dict[str, list[Array]]:
         """Compute the named features of one batch: name -> one float32 array per item, (D,) or (T, D)."""
@@ -105,10 +108,11 @@ class AudioEncoder:
         # Windows of several items share batches, so that short items do not run one by one.
         windows: list[tuple[int, Array]] = []
         for item, inputs in enumerate(prepared):
-            windows += [(item, window) for window in self._split(inputs)]
+            for window in self._split(inputs):
+                windows.append((item, window))
 
         # A mean is computed from the states of all windows, so that the graph computes states only.
-        sources = sorted({_source(name) for name in names})
+        sources = sorted(set(map(_source, names)))
         parts: dict[tuple[int, str], list[Floats]] = defaultdict(list)
         for item, outputs in self._run(windows, sources):
             for source in sources:
@@ -136,6 +140,7 @@ class AudioEncoder:
         def run(batch: Sequence[tuple[int, Array]]) -> dict[str, Floats]:
             return self._graph({INPUT: np.stack([window for _, window in batch])}, names)
 
+        # A thread pool of one would only cost switches between threads.
         batches = list(self._batches(windows))
         if self._num_parallel == 1:
             results: Iterator[dict[str, Floats]] = map(run, batches)
@@ -147,7 +152,7 @@ class AudioEncoder:
                 yield item, {name: outputs[name][row] for name in names}
 
     def _batches(self, windows: Sequence[tuple[int, Array]]) -> Iterator[Sequence[tuple[int, Array]]]:
-        """Iterate over batches of windows of one shape; the windows of each shape are divided among the threads."""
+        """Iterate over batches of windows of one shape. The windows of each shape are divided among the threads."""
         by_shape: dict[tuple[int, ...], list[tuple[int, Array]]] = {}
         for item, window in windows:
             by_shape.setdefault(window.shape, []).append((item, window))

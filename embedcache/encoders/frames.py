@@ -70,26 +70,29 @@ class FrameEncoder:
             raise SettingError(f"{encoder.fingerprint.model} has no vectors, only {', '.join(encoder.features)}")
 
         self._default = next(iter(vectors))
-        # `mean` is the video's own feature, so it replaces a feature of that name of the image encoder.
-        per_frame = [name for name in vectors if name != "mean"]
-        self.features: Mapping[str, ItemShape] = {
-            "mean": vectors[self._default],
-            **{name: (-1, *vectors[name]) for name in per_frame},
-        }
+        image = encoder.fingerprint
         axis = Axis(kind="time", rate_hz=rate_hz, start_s=0.5 / rate_hz)
-        self.axes = dict.fromkeys(per_frame, axis)
         self.batch_size = _VIDEOS_PER_BATCH
 
-        image = encoder.fingerprint
+        # `mean` is the video's own feature, so it replaces a feature of that name of the image encoder.
+        features: dict[str, ItemShape] = {"mean": vectors[self._default]}
+        pooling = {"mean": f"mean over the frames of {self._default}"}
+        self.axes: dict[str, Axis] = {}
+        for name, shape in vectors.items():
+            if name == "mean":
+                continue
+            features[name] = (-1, *shape)
+            self.axes[name] = axis
+            if name in image.pooling:
+                pooling[name] = image.pooling[name]
+        self.features: Mapping[str, ItemShape] = features
+
         self.fingerprint = replace(
             image,
             family="frames",
             model=f"{image.family}:{image.model}",
             preprocessing={"rate_hz": rate_hz, "frame": "shown at the middle of a step", "image": image.preprocessing},
-            pooling={
-                "mean": f"mean over the frames of {self._default}",
-                **{name: image.pooling[name] for name in per_frame if name in image.pooling},
-            },
+            pooling=pooling,
         )
 
     def prepare(self, items: Sequence[Any]) -> list[Array]:
@@ -100,10 +103,10 @@ class FrameEncoder:
         Raises:
             ItemError: a video has no frames or is damaged, or its prepared frames take more than 2 GiB.
         """
-        return [self._prepare(video) for video in items]
+        return list(map(self._prepare, items))
 
     def _prepare(self, video: RawVideo) -> Array:
-        """Prepare the frame of each step while frames are decoded; the last frame also stands for steps after it."""
+        """Prepare the frame of each step while frames are decoded. The last frame also stands for steps after it."""
         prepared: list[Array] = []
         number = -1
 

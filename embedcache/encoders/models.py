@@ -136,8 +136,8 @@ class GraphEncoder:
             features[name] = list(outputs[name])
             # Texts are padded in a batch; the padding is not part of an item.
             if self.features[name][0] == -1:
-                rows = zip(outputs[name], prepared, strict=True)
-                features[name] = [tokens_TD[: len(ids)] for tokens_TD, ids in rows]
+                for item, ids in enumerate(prepared):
+                    features[name][item] = features[name][item][: len(ids)]
 
         return features
 
@@ -158,7 +158,8 @@ class TorchGraph:
         self._max_rows: int | None = None
 
         if self._device.type == "cuda" and settings.precision not in ("float16", "bfloat16"):
-            torch.backends.cudnn.allow_tf32 = False  # TF32 convolutions keep 10 bits of a float32
+            # TF32 convolutions keep 10 bits of a float32.
+            torch.backends.cudnn.allow_tf32 = False
         if settings.compile:
             self._module.compile()
 
@@ -323,7 +324,7 @@ def export_graph(export: OnnxExport, path: Path) -> None:
     """
     from unittest.mock import patch
 
-    arguments = tuple(torch.from_numpy(array) for array in export.example.values())
+    arguments = tuple(map(torch.from_numpy, export.example.values()))
     module = _PositionalModule(export.module, list(export.example), export.outputs)
     # If an export fails, torch prints its graph to stdout, hundreds of lines, whatever its options.
     without_graph_dump = patch.object(torch._C, "_jit_onnx_log")
@@ -496,20 +497,21 @@ def _find_shapes(module: torch.nn.Module, input_size: Sequence[int]) -> dict[str
         outputs: dict[str, torch.Tensor] = module(noise)
         repeated: dict[str, torch.Tensor] = module(noise)
 
-    patch_names = [name for name in outputs if name.endswith("patches")]
-    for name in patch_names:
-        if patch_grid(outputs[name].shape[1], *input_size[-2:]) is None:
+    for name in list(outputs):
+        if name.endswith("patches") and patch_grid(outputs[name].shape[1], *input_size[-2:]) is None:
             del outputs[name]
             outputs.pop(name.replace("patches", "patch_mean"), None)
 
     # Chunks are computed by any process, so a model whose output is random cannot be cached.
-    if not all(_is_close(output, repeated[name]) for name, output in outputs.items()):
-        raise SettingError("expected a deterministic model, got one whose output differs between two runs")
+    for name, output in outputs.items():
+        if not _is_close(output, repeated[name]):
+            raise SettingError("expected a deterministic model, got one whose output differs between two runs")
 
     pooled = outputs.get("pooled")
-    native_names = [name for name in native_features(outputs) if name != "pooled"]
-    if pooled is not None and any(_is_close(pooled, outputs[name]) for name in native_names):
-        del outputs["pooled"]
+    for name in native_features(outputs):
+        if pooled is not None and name != "pooled" and _is_close(pooled, outputs[name]):
+            del outputs["pooled"]
+            break
     return {name: tuple(output.shape[1:]) for name, output in outputs.items()}
 
 
@@ -577,15 +579,14 @@ def split_transform(
     portrait = rng.integers(0, 256, (320, 200, 3), np.uint8)
     landscape = rng.integers(0, 256, (200, 320, 3), np.uint8)
     images = [Image.fromarray(portrait), Image.fromarray(landscape)]
-    expected = [whole(image) for image in images]
+    expected = list(map(whole, images))
     shapes = {array.shape for array in expected}
     if len(shapes) != 1:
         step = "set do_center_crop, or a height and width, in preprocessor_config.json"
         raise SettingError(f"the image processor returns a different shape per image, {sorted(shapes)}; {step}")
 
     try:
-        split = [to_pixels(image) for image in images]
-        is_exact = all(map(partial(_is_exact, scale), split, expected))
+        is_exact = all(map(partial(_is_exact, scale), map(to_pixels, images), expected))
     except (TypeError, ValueError, RuntimeError):  # a transform that normalizes twice may not support skipping it
         is_exact = False
 
@@ -635,16 +636,17 @@ def build_text_encoder(
     for name, output in outputs.items():
         width = output.shape[-1]
         shapes[name] = (-1, width) if output.ndim == 3 else (width,)
-    requested = [name for name in settings.features if name in shapes]
+
+    # Other features are derived, or unknown, which their request reports.
+    requested = filter(shapes.__contains__, settings.features)
     features = {name: shapes[name] for name in [*native_features(shapes), *requested]}
 
     export = None
     if config is not None:
         # Token ids, mask and tokens vary in length; vectors vary in the batch only.
-        dynamic_axes = {name: {0: "batch", 1: "tokens"} for name in (_IDS, _MASK, *features)}
+        dynamic_axes = {_IDS: {0: "batch", 1: "tokens"}, _MASK: {0: "batch", 1: "tokens"}}
         for name, shape in features.items():
-            if len(shape) == 1:
-                del dynamic_axes[name][1]
+            dynamic_axes[name] = {0: "batch"} if len(shape) == 1 else {0: "batch", 1: "tokens"}
         export = OnnxExport(
             module=module,
             example=example,
@@ -735,6 +737,7 @@ def open_stored(fingerprint: Mapping[str, Any], settings: EncoderSettings) -> Gr
 
 def _stored_path(fingerprint: Mapping[str, Any], features: Sequence[str]) -> Path:
     """Return the path of the record of an encoder with a fingerprint that offers the states after some blocks."""
+    # Other features do not change the graph.
     offered_layers = sorted(name for name in features if requested_layers([name]))
     key = {"fingerprint": fingerprint, "features": offered_layers}
     return user_folder() / "onnx" / f"{digest(key)[:32]}.json"
@@ -762,7 +765,7 @@ class Tokenizer:
 
     def pad(self, ids: Sequence[Array]) -> dict[str, Ints]:
         """Pad token ids of one or more texts on the right, and create their mask: both (B, T) int64."""
-        lengths = np.array([len(row) for row in ids])
+        lengths = np.array(list(map(len, ids)))
         mask = np.arange(lengths.max()) < lengths[:, None]
         padded = np.full(mask.shape, self.pad_id, dtype=np.int64)
         padded[mask] = np.concatenate(ids)
@@ -775,8 +778,9 @@ class Tokenizer:
     def __call__(self, texts: Sequence[str]) -> list[Ints]:
         """Return the token ids of each text: (T,) int64."""
         prefixed = [self.prefix + text for text in texts]
-        rows = self.encode([text.lower() for text in prefixed] if self.is_lower else prefixed)
-        return [np.array(ids, dtype=np.int64) for ids in rows]
+        if self.is_lower:
+            prefixed = list(map(str.lower, prefixed))
+        return [np.array(ids, dtype=np.int64) for ids in self.encode(prefixed)]
 
     @property
     def preprocessing(self) -> dict[str, Any]:
@@ -834,10 +838,14 @@ def _input_limit(requested: int | None, published: int | None, model: torch.nn.M
     if requested is not None and positions is not None and requested > positions:
         raise SettingError(f"max_tokens: expected at most {positions}, as the model in {folder} has, got {requested}")
 
-    limits = [limit for limit in (published, positions) if limit and limit < _NO_LIMIT]
-    if requested is None and not limits:
+    if requested is not None:
+        return requested
+
+    # Tokenizers without a limit state a number that no text reaches.
+    limit = min(published or _NO_LIMIT, positions or _NO_LIMIT)
+    if limit >= _NO_LIMIT:
         raise SettingError(f"the model in {folder} states no maximum text length; add an option such as max_tokens=512")
-    return requested or int(min(limits))
+    return int(limit)
 
 
 def _num_positions(model: torch.nn.Module) -> int | None:

@@ -72,8 +72,10 @@ def open_sentence_transformers(spec: EncoderSpec, *, modality: Modality, setting
     )
 
     if modules.heads:
-        head_weights = [hash_weights(head.state_dict()) for head in modules.heads]
-        weights = digest([weights, *head_weights])
+        hashes = [weights]
+        for head in modules.heads:
+            hashes.append(hash_weights(head.state_dict()))
+        weights = digest(hashes)
 
     config: Any = transformer.config
     width = spec.int_option("truncate_dim")
@@ -192,14 +194,18 @@ def read_modules(folder: Path) -> SentenceModules:
     configs = sorted(transformer.glob("sentence_*_config.json"))
     config = read_json(configs[0]) if configs else {}
 
-    # Models of several modalities say how each is read; only their usual way with texts is supported.
+    # Models of several modalities say how each is read. Only their usual way with texts is supported.
     inputs = config.get("modality_config", {"text": _LAST_STATES})
     if inputs.get("text") != _LAST_STATES or not set(inputs) <= {"text", "message"}:
         raise _unsupported(folder, f"a transformer of {', '.join(inputs)}")
 
+    # Older models have a switch per mode, with one of several endings.
     pooling = read_json(modules[1][1] / "config.json")
-    ends = ("", "_token", "_tokens")
-    old_modes = [mode for mode in _MODES if any(pooling.get(f"pooling_mode_{mode}{end}") for end in ends)]
+    old_modes = []
+    for mode in _MODES:
+        switches = (f"pooling_mode_{mode}", f"pooling_mode_{mode}_token", f"pooling_mode_{mode}_tokens")
+        if any(map(pooling.get, switches)):
+            old_modes.append(mode)
     modes = pooling.get("pooling_mode") or old_modes or ["mean"]
     modes = [modes] if isinstance(modes, str) else modes
 
