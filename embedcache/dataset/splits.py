@@ -63,7 +63,7 @@ class Split:
     cosines: Mapping[str, float] = field(default_factory=lambda: dict(NEAR_DUPLICATE_COSINES))
 
     def line(self) -> str:
-        """Describe how it was made, such as `strict, cosine image > 0.9, text > 0.7`; empty if that is unknown."""
+        """Describe its rule, such as `strict, cosine image > 0.9, text > 0.7`. It is empty if the rule is unknown."""
         limits = ", ".join(f"{modality} > {self.cosines[modality]:g}" for modality in self.compared)
         return f"{self.rule}, cosine {limits}" if limits else self.rule
 
@@ -169,12 +169,13 @@ def _read_rule(path: Path, about: Mapping[str, Any]) -> dict[str, Any]:
         cosines = SplitSettings(cosines=about.get("cosines", {})).cosines
     except SettingError as error:
         raise CorruptError(f"{path} does not hold the limits of a split: {error}") from error
-    compared = construct(path, lambda: tuple(name for name in about.get("compared", ()) if name in cosines))
+    compared = construct(path, lambda: tuple(filter(cosines.__contains__, about.get("compared", ()))))
     return {"rule": str(about.get("rule", "")), "compared": compared, "cosines": cosines}
 
 
 def column_parts(names: "pa.Array | pa.ChunkedArray") -> "pa.Array | pa.ChunkedArray":
-    """Return the part that each value of a column `split` names, as texts: empty for null and all other values."""
+    """Return the part that each value of a column `split` names. It is empty for null and all other values."""
+    # Few names are distinct, so only these are looked up in Python.
     distinct_names = pc.unique(names)
     parts = pa.array([PART_NAMES.get(str(name).lower(), "") for name in distinct_names.to_pylist()], pa.string())
     return parts.take(pc.index_in(names, value_set=distinct_names))
@@ -214,11 +215,15 @@ def make_split(
         return split_samples(caches, pairs.samples, settings, progress=progress)
     progress = progress or NullProgress()
     samples = pairs.samples
-    sides = pair_sides(pairs, readers)
     modalities: Sequence[str] = settings.modalities or tuple(MODALITIES)
-    sides = {modality: side for modality, side in sides.items() if modality in modalities}
-    compared = [modality for modality in MODALITIES if modality in modalities and modality not in readers]
-    sides |= _open_sides(caches, samples, compared, progress)
+
+    # The features of the pair come first, in the order of their readers.
+    sides = {}
+    for modality, side in pair_sides(pairs, readers).items():
+        if modality in modalities:
+            sides[modality] = side
+    other_modalities = [name for name in MODALITIES if name in modalities and name not in readers]
+    sides |= _open_sides(caches, samples, other_modalities, progress)
 
     # A modality that the user names must be compared, as a silent omission would let near-duplicates leak.
     if settings.modalities and (absent := sorted(set(modalities) - set(sides))):
@@ -259,7 +264,7 @@ def _open_sides(
 
 
 def _shared_feature(caches: Sequence[Cache], modality: str) -> list[InputFeature]:
-    """Return a complete feature of a modality in every cache, by one encoder; empty if there is none.
+    """Return a complete feature of a modality in every cache, by one encoder. It is empty if there is none.
 
     Vectors come before tokens, and the last layer before others.
     """
@@ -271,7 +276,12 @@ def _shared_feature(caches: Sequence[Cache], modality: str) -> list[InputFeature
                 other.require_complete()
         except (UnknownNameError, UnfinishedError):
             continue
-        if not any(name_differences(opened[0].fingerprint, other.fingerprint) for other in opened[1:]):
+
+        # Cosines of two encoders cannot be compared.
+        differences = []
+        for other in opened[1:]:
+            differences += name_differences(opened[0].fingerprint, other.fingerprint)
+        if not differences:
             candidates.append(opened)
     return min(candidates, key=lambda opened: (opened[0].has_tokens, "/layer" in opened[0].name), default=[])
 
@@ -368,14 +378,19 @@ def _by_column(caches: Sequence[Cache], samples: Ints, settings: SplitSettings, 
     for cache in caches:
         if "split" not in cache.columns:
             raise SourceError(f"the samples of {cache.path} have no column 'split'; use --split strict or --split key")
-    columns = [cache.column("split") for cache in caches]
 
-    codes = [pc.index_in(column_parts(names), value_set=pa.array(list(_CODES))) for names in columns]
-    part_S = np.concatenate([of_cache.to_numpy() for of_cache in codes]).astype(np.int8)
+    # Samples are counted across caches.
+    codes = []
+    values: set[str] = set()
+    for cache in caches:
+        names = cache.column("split")
+        codes.append(pc.index_in(column_parts(names), value_set=pa.array(list(_CODES))).to_numpy())
+        values.update(map(str, pc.unique(names).to_pylist()))
+    part_S = np.concatenate(codes).astype(np.int8)
 
     if not {_CODES["train"], _CODES["test"]} <= set(distinct(part_S).tolist()):
-        values = sorted({str(name).lower() for names in columns for name in pc.unique(names).to_pylist()})
-        raise SourceError(f"column 'split' of {name_caches(caches)}: expected train and test, got {', '.join(values)}")
+        listed = ", ".join(sorted(set(map(str.lower, values))))
+        raise SourceError(f"column 'split' of {name_caches(caches)}: expected train and test, got {listed}")
 
     # Samples without both features are in no part, even if the column names one.
     is_used = np.zeros(len(part_S), bool)

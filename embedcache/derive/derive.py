@@ -78,7 +78,6 @@ def derive(cache: AnyPath, derivation: Derivation, *, progress: AnyProgress = No
 def _open(cache: Cache, derivation: Derivation) -> "OpenDerivation":
     """Open the rule and the inputs of a derivation."""
     rule = open_rule(derivation.rule)
-
     inputs = [cache.feature(modality, name) for modality, name in derivation.inputs]
 
     # The output would be written into the folder that it is read from.
@@ -116,6 +115,8 @@ def _fingerprint(
     With a view, it is the fingerprint of the features without the view, and `view` with its name and its own inputs.
     """
     input_records = [_input_record(feature.modality, feature.name, feature.fingerprint) for feature in inputs]
+
+    # Features of a view belong next to the features of the same encoder without the view.
     view_record = None
     if view is not None:
         view_record = {"name": view.name, "inputs": input_records}
@@ -263,13 +264,17 @@ def reopen_derivation(
 
 
 def derivation_depth(cache: Cache, group: EncoderGroup) -> int:
-    """Return how many derivations lie between the features of a folder and those of encoders; 0 for an encoder."""
+    """Return how many derivations lie between the features of a folder and an encoder. It is 0 for an encoder."""
     if not group.is_derived:
         return 0
 
-    names = {(modality, feature.rpartition("/")[0]) for modality, feature in group.inputs}
-    depths = [derivation_depth(cache, open_group(cache.path, *name, cache.info)) for name in names]
-    return 1 + max(depths, default=0)
+    # A folder counts once, however many of its features are inputs.
+    input_folders = {(modality, feature.rpartition("/")[0]) for modality, feature in group.inputs}
+    depth = 0
+    for modality, folder in input_folders:
+        input_group = open_group(cache.path, modality, folder, cache.info)
+        depth = max(depth, derivation_depth(cache, input_group))
+    return 1 + depth
 
 
 class Rows(NamedTuple):
@@ -277,7 +282,7 @@ class Rows(NamedTuple):
 
     Args:
         hashes: hash of each item, as the first input has it.
-        reasons: reason why each item lacks an input; None if it has all.
+        reasons: reason why each item lacks an input. It is None if the item has all inputs.
         valid: positions of the items that have all inputs.
         input_rows: per input, the row of each item with all inputs.
     """
@@ -320,15 +325,18 @@ class ChunkReader:
             for position, row in enumerate(feature_rows.tolist()):
                 reasons[position] = reasons[position] or self._reason(feature, row)
 
-        size = self.cache.info.chunk_size
-        hashes = [self._commit(self.inputs[0], row // size).hashes[row % size] for row in rows.tolist()]
+        # The first input identifies the items.
+        hashes = []
+        for row in rows.tolist():
+            chunk, offset = divmod(row, self.cache.info.chunk_size)
+            hashes.append(self._commit(self.inputs[0], chunk).hashes[offset])
+
         valid = np.flatnonzero([reason is None for reason in reasons])
         return Rows(hashes, reasons, valid, [feature_rows[valid] for feature_rows in input_rows])
 
     def blocks(self, rows: Rows) -> list[Block]:
         """Read the values of each input for the items that have all inputs."""
-        pairs = zip(self.inputs, rows.input_rows, strict=True)
-        return [self._read(feature, feature_rows) for feature, feature_rows in pairs]
+        return list(map(self._read, self.inputs, rows.input_rows))
 
     def _read(self, feature: Feature, rows: Ints) -> Block:
         """Read rows of an input, chunk by chunk."""
@@ -342,7 +350,7 @@ class ChunkReader:
 
         if not feature.is_ragged:
             return Block(np.stack(items))
-        return Block(np.concatenate(items), np.array([len(item) for item in items], np.int64))
+        return Block(np.concatenate(items), np.array(list(map(len, items)), np.int64))
 
     def _reason(self, feature: Feature, row: int) -> str | None:
         """Return the reason why an item lacks an input; a row of -1 is an item that its sample lacks."""
@@ -441,13 +449,13 @@ class OpenDerivation:
 
     def retries(self, commit: Commit) -> bool:
         """Return whether an item that failed has an input whose reason changed, such as to none at all."""
-        reasons = [commit.failures[name] for name in self.outputs if name in commit.failures]
-        if not any(map(any, reasons)):
+        failures = [commit.failures[name] for name in self.outputs if name in commit.failures]
+        if not any(map(any, failures)):
             return False
 
         input_reasons = self.reader.open_rows(self.reader.rows_of(commit.chunk)).reasons
-        for output_reasons in reasons:
-            for reason, input_reason in zip(output_reasons, input_reasons, strict=True):
+        for reasons in failures:
+            for reason, input_reason in zip(reasons, input_reasons, strict=True):
                 if reason in (None, PENDING):
                     continue
                 # A reason of the rule itself means that no input failed then.
@@ -458,7 +466,7 @@ class OpenDerivation:
 
     @property
     def _own_suffix(self) -> str:
-        """End of the reasons that the rule gave, unlike those of its inputs."""
+        """End of reasons that the rule gave. Reasons of its inputs do not have it."""
         return f" (from {self.name})"
 
     def apply(self, rows: Rows) -> dict[str, list[Array | ItemError]]:

@@ -251,7 +251,9 @@ def _mean(inputs: Sequence[Block], _: Mapping[str, Any]) -> Mapping[str, Output]
         return {"mean": np.asarray(block.values, np.float32).mean(axis=1)}
 
     # The mean of no tokens would be NaN.
-    means = [item.mean(axis=0, dtype=np.float32) if len(item) else _NO_TOKENS for item in block.items()]
+    means: list[Array | ItemError] = []
+    for tokens_TD in block.items():
+        means.append(tokens_TD.mean(axis=0, dtype=np.float32) if len(tokens_TD) else _NO_TOKENS)
     return {"mean": means}
 
 
@@ -262,12 +264,18 @@ MEAN = Rule(name="mean", apply=_mean, outputs=_mean_outputs, parameters={})
 
 
 def _concat_outputs(shapes: Sequence[ItemShape], _: Mapping[str, Any]) -> Mapping[str, ItemShape]:
-    if any(len(shape) > 1 for shape in shapes):
-        raise SettingError("the rule 'concat' takes features of one vector per item; derive their means with 'mean'")
-    return {"vector": (sum(shape[0] for shape in shapes),)}
+    width = 0
+    for shape in shapes:
+        if len(shape) > 1:
+            raise SettingError(
+                "the rule 'concat' takes features of one vector per item; derive their means with 'mean'"
+            )
+        width += shape[0]
+    return {"vector": (width,)}
 
 
 def _concat(inputs: Sequence[Block], parameters: Mapping[str, Any]) -> Mapping[str, Output]:
+    # Without normalization, the feature with the longest vectors would dominate cosines.
     parts = [normalize(block.values) if parameters["normalize"] else block.rows() for block in inputs]
     return {"vector": np.concatenate(parts, axis=1)}
 
@@ -484,8 +492,9 @@ def _output_sides(module: OutputModule, run: Run, output: str) -> list[RunInput]
     choose: Callable[[str], Sequence[str]] | None = getattr(module, "output_sides", None)
     inputs = run.info.inputs
     names = list(inputs) if choose is None else choose(output)
-    # The names of an unknown output mean nothing; it is reported when its shape is looked up.
-    if not names or any(name not in inputs for name in names):
+
+    # The names of an unknown output mean nothing. It is reported when its shape is looked up.
+    if not names or not set(names) <= set(inputs):
         names = list(inputs)
     return [inputs[name] for name in names]
 
@@ -515,8 +524,10 @@ def _make_derivation(
         check_same_view(label, side.fingerprint, feature.fingerprint, view, next_step=next_step)
 
         # A joined feature, `a/cls+a/patches`, is read as its parts.
-        inputs += [(modality, part) for part in feature.name.split("+")]
-        plain_inputs += [(modality, part, side.fingerprint) for part in side.feature.split("+")]
+        for part in feature.name.split("+"):
+            inputs.append((modality, part))
+        for part in side.feature.split("+"):
+            plain_inputs.append((modality, part, side.fingerprint))
 
     rule = Rule(
         name=RUN,
@@ -545,7 +556,7 @@ def _open_pair(request: RunRequest, run: Run) -> list[Derivation]:
 
     # Without a choice, modalities that the cache lacks are left out.
     if request.modality is None:
-        modalities = [name for name in run.modalities if request.cache.info.num_items.get(name)]
+        modalities = list(filter(request.cache.info.num_items.get, run.modalities))
     elif request.modality in run.modalities:
         modalities = [request.modality]
     else:

@@ -87,18 +87,22 @@ class DeriveSettings(Settings):
     @property
     def parameter_values(self) -> dict[str, Any]:
         """Parameters of the rule. A value that is JSON, such as 64 or true, is read as JSON, any other as a string."""
-        pairs = (_split_pair("parameter", text, "NAME=VALUE, such as width=64") for text in self.parameters)
-        return {name: _parse(value) for name, value in pairs}
+        values = {}
+        for text in self.parameters:
+            name, value = _split_pair("parameter", text, "NAME=VALUE, such as width=64")
+            values[name] = _parse(value)
+        return values
 
 
 def _split_pair(option: str, text: str, expected: str) -> tuple[str, str]:
-    name, equals, value = (word.strip() for word in text.partition("="))
+    name, equals, value = map(str.strip, text.partition("="))
     if not (name and equals and value):
         raise SettingError(f"{option}: expected {expected}, got {text!r}")
     return name, value
 
 
 def _parse(value: str) -> Any:
+    # Names need no quotes, unlike in JSON.
     try:
         return json.loads(value)
     except ValueError:
