@@ -370,6 +370,11 @@ class ConceptCounts:
         above: (C,) items above each concept's threshold; an item counts for every concept whose threshold it exceeds.
         best: (C,) items by the concept they are most similar to.
         certain: (C,) items of `best` that are near the concept's best ones.
+
+    Example:
+        >>> counts = embedcache.measure_coverage("cache", "names.txt", modality="text").pool_counts
+        >>> counts.num_items, bool(counts.above[0] >= 50)  # 50 of the captions are of zebras
+        (600, True)
     """
 
     name: str
@@ -419,6 +424,11 @@ class CoverageReport:
         strip_rows: (C, R) rows of items of all ranks, best first, about which a person can be asked.
         strip_weights: (R,) number of items of the pool that each of them stands for.
         answers: name of a concept -> row of an item -> whether it shows the concept, as a person said.
+
+    Example:
+        >>> report = embedcache.measure_coverage("cache", "names.txt", modality="text", k=5)
+        >>> report.concepts.names[0], report.rows[0].tolist()  # the five most similar items
+        ('zebra', [0, 1, 2, 3, 4])
     """
 
     pool: Vectors

@@ -176,6 +176,11 @@ class DedupReport:
         removed: removed samples, (R,) of dtype `REMOVED`.
         path: selection of the samples that stay.
         removed_path: table of the removed samples.
+
+    Example:
+        >>> report = embedcache.remove_duplicates("cache", "kept.parquet", copies=True, modality="text")
+        >>> report.path.name, len(report.removed), report.cosine
+        ('kept.parquet', 57, None)
     """
 
     analysis: DedupAnalysis

@@ -104,6 +104,12 @@ class LeakReport:
         train: the training cache.
         test: the test cache.
         leaks: leaks of each modality that both caches have features of.
+
+    Example:
+        >>> features = {"image": "open_toy/cls", "text": "open_toy/mean"}
+        >>> report = embedcache.find_leaks("train-cache", "test-cache", feature=features)
+        >>> [leak.modality for leak in report.leaks], len(report.leaked_samples)
+        (['image', 'text'], 40)
     """
 
     train: Cache

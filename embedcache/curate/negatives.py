@@ -50,6 +50,13 @@ class NegativesReport:
         num_groups: near-duplicate groups of these samples.
         mean_score: mean cosine of the negatives.
         mean_own_score: mean cosine of these samples' own pairs, None without a run.
+
+    Example:
+        >>> features = {"image": "open_toy/cls", "text": "open_toy/mean"}
+        >>> limits = {"image": 0.99, "text": 0.999}
+        >>> report = embedcache.mine_negatives("train-cache", "hard.parquet", feature=features, cosine=limits)
+        >>> report.num_with_negatives <= report.num_samples, report.mean_own_score
+        (True, None)
     """
 
     num_samples: int

@@ -68,6 +68,11 @@ class OutlierReport:
         labels: class of each sample, -1 without a label; None if the cache has no labels.
         suggested_S: (S,) other class that most of the nearest neighbors have, -1 without one or without labels.
         settings: what was compared.
+
+    Example:
+        >>> report = embedcache.find_outliers("cache", modality="text", k=20)
+        >>> sorted(report.scores), report.scores["typicality"].shape
+        (['typicality'], (600,))
     """
 
     cache: Cache

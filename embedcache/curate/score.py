@@ -55,6 +55,11 @@ class ScoreReport:
         source: what the score is, as JSON values.
         scores_S: (S,) a score per sample, NaN without a valid item.
         rows_S: (S,) row of the item with this score, -1 without one.
+
+    Example:
+        >>> report = embedcache.score_samples("cache", "yaks.parquet", modality="text", prompt=("yak",))
+        >>> report.path.name, report.name, report.feature
+        ('yaks.parquet', 'score', 'open_toy/mean')
     """
 
     cache: Cache

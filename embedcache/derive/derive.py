@@ -58,6 +58,12 @@ def derive(cache: AnyPath, derivation: Derivation, *, progress: AnyProgress = No
         FingerprintError: the folder of that name has features of other inputs, parameters or code; the message names
             each difference with both values.
         DataError: a sample has several items of another modality, or a value does not fit the declared output.
+
+    Example:
+        >>> pooled = embedcache.Derivation(name="pooled", inputs=[("image", "open_toy/patches")], rule="mean")
+        >>> report = embedcache.derive_features("cache", pooled)
+        >>> report.computed > 0, embedcache.Cache("cache").feature("image", "pooled/mean").item_shape
+        (True, (3,))
     """
     progress = to_progress(progress)
     cache = Cache(cache)
@@ -175,6 +181,11 @@ def derive_from_run(
 
     Raises:
         EmbedcacheError: see `derive` and `embedcache.derive.rules.open_run`.
+
+    Example:
+        >>> reports = embedcache.derive_from_run("cache", "run", name="aligned")
+        >>> len(reports), embedcache.Cache("cache").feature("text", "aligned/projected").item_shape
+        (2, (16,))
     """
     run = Path(run)
     cache = Cache(cache)

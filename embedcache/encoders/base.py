@@ -160,12 +160,17 @@ def check_names(names: Iterable[str], features: Collection[str]) -> None:
 
 
 class EncoderSettings(Settings):
-    """Settings of an encoder: how it runs. Only the backend and the precision change its output.
+    """Settings of an encoder. Only the backend, the precision and the background change its output.
 
     Args:
         device: torch device, or `auto`, the first of `cuda`, `mps` and `cpu` that this machine has.
         features: names of requested features; a name that an encoder can derive, such as `grid:4` or `layer6.cls`,
             joins its native features (grammar: `embedcache/modeling/features.py`), any other name is left out.
+
+    Example:
+        >>> settings = EncoderSettings(batch_size=32, precision="float32")
+        >>> settings.to_json()  # only these change the output
+        {'precision': 'float32', 'backend': 'auto', 'background': 'white'}
     """
 
     device: str = Field(default=AUTO, exclude=True)

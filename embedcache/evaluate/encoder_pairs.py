@@ -245,6 +245,12 @@ class PairsReport:
         knn_chance: mutual kNN of unrelated features.
         chance: chance level of the probe by direction.
         skipped: one line per feature that was left out.
+
+    Example:
+        >>> features = {"image": ["open_toy/cls"], "text": ["open_toy/mean"]}
+        >>> report = embedcache.evaluate_pairs("cache", feature=features, split="key")
+        >>> len(report.pairs), report.pairs[0].recalls["t2i"].value > 0
+        (1, True)
     """
 
     pairs: Sequence[PairMetrics]

@@ -117,7 +117,15 @@ class Control:
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeReport:
-    """Probes of one feature. `majority` is the accuracy of predicting the most frequent class."""
+    """Probes of one feature. `majority` is the accuracy of predicting the most frequent class.
+
+    Example:
+        >>> report = embedcache.evaluate_probe("labeled", feature="open_toy/cls", classifier=("knn",))
+        >>> report.counts
+        {'train': 162, 'val': 18, 'test': 60}
+        >>> report.scores[0].method, round(report.uniform, 3)
+        ('knn', 0.167)
+    """
 
     labeled: LabeledFeature
     settings: ProbeSettings

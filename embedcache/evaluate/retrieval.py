@@ -136,6 +136,13 @@ class RetrievalReport:
             Empty without prototypes, or if every sample names one.
         named_samples: per run, the number of samples whose captions name a class of the prototypes, and of all samples.
             Empty without prototypes.
+
+    Example:
+        >>> report = embedcache.evaluate_retrieval("cache", "run", part="val")
+        >>> report.directions, sorted(report.recalls["i2t"])
+        (('i2t', 't2i'), ['r@1', 'r@10', 'r@5'])
+        >>> sorted(report.rank_metrics["t2i"])
+        ['map', 'median_rank']
     """
 
     part: str

@@ -122,6 +122,11 @@ class ZeroShotReport:
         unnamed: accuracies of items whose class no prototype of the runs names, among all classes. Empty without
             prototypes, or if there are no such items.
         num_named: number of classes that are named by prototypes, None without prototypes.
+
+    Example:
+        >>> report = embedcache.evaluate_zero_shot("labeled", "run", "colors.txt", part="test")
+        >>> len(report.names), report.confusion.shape, int(report.confusion.sum())
+        (6, (6, 6), 60)
     """
 
     part: str

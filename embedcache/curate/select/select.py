@@ -80,6 +80,11 @@ class SelectReport:
         path: path of the selection.
         num_selected: number of selected samples.
         num_pool: number of samples that could have been selected.
+
+    Example:
+        >>> report = embedcache.select_samples("cache", "sixty.parquet", "random", budget=60, modality="text")
+        >>> report.num_selected, report.num_pool
+        (60, 600)
     """
 
     path: Path
