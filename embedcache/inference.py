@@ -37,24 +37,34 @@ def load(run: AnyPath, *, device: str = AUTO) -> "Model":
     Args:
         run: folder of the run.
         device: torch device of encoders and projectors, or `auto`, the first of `cuda`, `mps` and `cpu` that this
-            machine has; an encoder that ran on onnxruntime stays on the CPU.
+            machine has. An encoder that ran on onnxruntime stays on the CPU.
 
     Raises:
         PathError: the folder is not a finished run.
         DataError: the run is neither an aligned pair nor an adapter.
         CorruptError: the weights do not match the config.
         SettingError: the device does not exist.
+
+    Example:
+        >>> model = embedcache.load("run", device="cpu")
+        >>> model.encode(["a red box", "a boat"]).shape
+        (2, 16)
     """
     return Model(Run.open(run, kind=TOWERS, device=str(torch_device(device))).load())
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Probabilities of candidates.
+    """Probabilities of candidates, such as classes, for each of N items.
 
     Args:
         names: the C candidates.
-        probs_NC: (N, C) float32, of each item; rows sum to 1.
+        probs_NC: (N, C) float32. Rows sum to 1.
+
+    Example:
+        >>> scores = Scores(names=("boat", "box"), probs_NC=np.float32([[0.25, 0.75]]))
+        >>> scores.best, scores.top(1)
+        (['box'], [[('box', 0.75)]])
     """
 
     names: tuple[str, ...]
@@ -72,15 +82,30 @@ class Scores:
         """
         if k < 1:
             raise SettingError(f"k: expected a whole number of at least 1, got {k}")
-        order_NC = np.argsort(-self.probs_NC, axis=1, kind="stable")[:, :k]
-        return [
-            [(self.names[number], float(probs_C[number])) for number in numbers.tolist()]
-            for numbers, probs_C in zip(order_NC, self.probs_NC, strict=True)
-        ]
+
+        # A stable order breaks ties by the order of the names.
+        order_NK = np.argsort(-self.probs_NC, axis=1, kind="stable")[:, :k]
+        probs_NK = np.take_along_axis(self.probs_NC, order_NK, axis=1)
+        top = []
+        for numbers, probs in zip(order_NK.tolist(), probs_NK.tolist(), strict=True):
+            names = [self.names[number] for number in numbers]
+            top.append(list(zip(names, probs, strict=True)))
+        return top
 
 
 class Model:
-    """A trained pair with its frozen encoders: embeds items of both modalities in a shared space, see `load`."""
+    """A trained pair with its frozen encoders. It embeds items of both modalities in a shared space; see `load`.
+
+    Example:
+        >>> model = embedcache.load("run", device="cpu")
+        >>> images = ["images/00000.png", "images/00001.png"]
+        >>> model.encode(images, "image").shape
+        (2, 16)
+        >>> model.similarity(images, ["a red box", "a boat", "a tree"]).shape
+        (2, 3)
+        >>> model.classify(images, ["red", "blue"], template="a {} box").probs_NC.shape
+        (2, 2)
+    """
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -91,7 +116,7 @@ class Model:
         return f"Model({features} -> {self.width})"
 
     def __fspath__(self) -> str:
-        """Return the folder of the run, so that functions that take the path of a run take a `Model`."""
+        """Return the folder of the run, so that functions that accept the path of a run accept a `Model`."""
         return str(self.run.path)
 
     @property
@@ -101,7 +126,7 @@ class Model:
 
     @property
     def scale(self) -> float:
-        """Inverse temperature that training multiplied cosine similarities by; use it for probabilities."""
+        """Inverse temperature by which training multiplied cosine similarities. Use it for probabilities."""
         return self.run.pair.scale.item()
 
     def encode_image(self, images: ImageLike | Sequence[ImageLike]) -> Floats:
@@ -113,42 +138,43 @@ class Model:
             images: one image, or N: paths, bytes of files, or open PIL images.
 
         Returns:
-            (N, P) float32, rows of length 1; a single image gives (1, P), an empty list (0, P).
+            (N, P) float32, rows of length 1. A single image gives (1, P), an empty list (0, P).
 
         Raises:
             PathError: a file does not exist.
-            DataError: an image cannot be decoded, or it is no image; the message names it.
+            DataError: an item is not an image or cannot be decoded. The message names it.
             FingerprintError: the encoder is not the one whose features the run was trained on.
             MissingExtraError: the encoder's package is not installed.
         """
         return self.encode(images, "image")
 
     def encode_text(self, texts: str | Sequence[str]) -> Floats:
-        """Embed texts, one batch of the encoder at a time; spaces around them are left out, as of captions.
+        """Embed texts, one batch of the encoder at a time. Spaces around a text are removed, as in captions.
 
         Args:
-            texts: one text, or N, a sequence or an iterator.
+            texts: one string, or N in a sequence or an iterator.
 
         Returns:
-            (N, P) float32, rows of length 1; a single text gives (1, P), an empty list (0, P).
+            (N, P) float32, rows of length 1. A single text gives (1, P), an empty list (0, P).
 
         Raises:
-            DataError: a text is empty, or no text.
+            DataError: a text is empty, or is not a string.
             FingerprintError, MissingExtraError: as in `encode_image`.
         """
-        encoder, listed = self._encoder("text"), list_texts(texts)
+        listed = list_texts(texts)
+        encoder = self._encoder("text")
         return encoder.encode(len(listed), lambda rows: encoder.prepare(list(map(_load_text, listed[rows]))))
 
     def encode(self, items: Any, modality: Modality = "text") -> Floats:
-        """Embed items of either modality of the run, texts unless another is named, one batch at a time.
+        """Embed items of either modality of the run, one batch at a time.
 
         Args:
-            items: one item, or N: texts as in `encode_text`; others as the path or the bytes of a file, or decoded: an
+            items: one item, or N. A text is a string. Any other item is the path or the bytes of a file, or decoded: an
                 open PIL image, (n,) float32 mono samples in [-1, 1] at 16 kHz, a `Video`, or arrays of points by name.
-            modality: one of the two of the run, such as `audio`.
+            modality: one of the two modalities of the run, such as `audio`.
 
         Returns:
-            (N, P) float32, rows of length 1; a single item gives (1, P), an empty list (0, P).
+            (N, P) float32, rows of length 1. A single item gives (1, P), an empty list (0, P).
 
         Raises:
             PathError: a file does not exist.
@@ -157,32 +183,45 @@ class Model:
         """
         if modality == "text":
             return self.encode_text(items)
-        encoder, listed = self._encoder(modality), list_items(items)
-        named = [(item, item_name(item, modality, number)) for number, item in enumerate(listed)]
-        return encoder.encode(len(listed), lambda rows: [prepare_item(*item, encoder.source) for item in named[rows]])
+        encoder = self._encoder(modality)
+        listed = list_items(items)
+
+        # Errors name an item by its path or its position in the list.
+        names = [item_name(item, modality, number) for number, item in enumerate(listed)]
+
+        def prepare(rows: slice) -> list[Array]:
+            pairs = zip(listed[rows], names[rows], strict=True)
+            return [prepare_item(item, name, encoder.source) for item, name in pairs]
+
+        return encoder.encode(len(listed), prepare)
 
     def project(self, vectors: Any, modality: Modality) -> Floats:
-        """Embed stored features: vectors as they are in a cache, or as the tool computes them that they came from.
+        """Embed stored features, or vectors from the tool that computed the features of the cache.
 
-        No encoder is opened, so this is how a run on imported vectors embeds new items.
+        No encoder is opened, so a run on imported vectors embeds new items by this method.
 
         Args:
-            vectors: (N, D) of any float type, an array or a tensor, where D is the width of the run's feature, scaled
-                as those in the cache are; (D,) is one vector, and (N, T, D) are tokens, if the run takes them.
-            modality: modality of the features, one of the two of the run, such as `text`.
+            vectors: (N, D) of any float type, an array or a tensor, with the width D and the scale of the run's
+                feature. (D,) is one vector. (N, T, D) are tokens, if the run was trained on tokens.
+            modality: modality of the features, such as `text`.
 
         Returns:
             (N, P) float32, rows of length 1.
 
         Raises:
-            DataError: the run does not have the modality, the vectors have another width, or one holds NaN or infinity.
+            DataError: the run does not have the modality, the vectors have another width, or one contains NaN or
+                infinity.
         """
-        tower, side = self.run.pair.tower(modality), self.run.input(modality)
-        values, has_tokens = np.atleast_2d(to_numbers(vectors, "vectors")), isinstance(tower, TokenTower)
+        tower = self.run.pair.tower(modality)
+        side = self.run.input(modality)
+        has_tokens = isinstance(tower, TokenTower)
+        values = np.atleast_2d(to_numbers(vectors, "vectors"))
         if values.shape[-1] != side.width or values.ndim > 2 + has_tokens:
             shape = f"(N, {'T, ' * has_tokens}{side.width})"
             raise DataError(f"vectors: expected shape {shape}, as {side.feature} has, got {values.shape}")
-        with np.errstate(over="ignore"):  # float64 beyond the range of float32 is infinite
+
+        # A float64 beyond the range of float32 becomes infinite, which is an error here.
+        with np.errstate(over="ignore"):
             values = values.astype(np.float32)
         check_finite(values, "the array of vectors")
         return project(tower, Inputs(values), device=self.run.device)
@@ -190,8 +229,8 @@ class Model:
     def similarity(self, items: PairedItems | Tensor, texts: str | Sequence[str] | Array | Tensor) -> Floats:
         """Compute the cosine similarity of every item with every text, or of vectors with vectors.
 
-        An argument that is an array or a tensor of two axes is taken for vectors, (N, P) as `encode` and `project`
-        return them for items of any modality. Any other is encoded.
+        An array or a tensor of two axes counts as vectors, (N, P) as `encode` and `project` return them for items of
+        any modality. Any other argument is encoded.
 
         Args:
             items: vectors, or items of the modality that the run pairs with texts, such as images, as in `encode`.
@@ -201,7 +240,8 @@ class Model:
             (N, Q) float32 of N items and Q texts, from -1 to 1.
 
         Raises:
-            DataError: vectors have another width, or one holds NaN or infinity; and as in `encode`.
+            DataError: vectors have another width, or one contains NaN or infinity. Encoding raises the errors of
+                `encode`.
         """
         items_NP = self._to_vectors(items, self._encode_items)
         texts_QP = self._to_vectors(texts, self.encode_text)
@@ -215,12 +255,12 @@ class Model:
         *,
         template: str | Sequence[str] = "{}",
     ) -> Scores:
-        """Compute the probability of each class of items, without training: zero-shot.
+        """Compute the probability of each class for items, without training (zero-shot).
 
-        A class is the mean of its embedded prompts; probabilities are the softmax of the cosines times `scale`.
+        A class is the mean of its embedded prompts. Probabilities are the softmax of the cosines times `scale`.
 
         Args:
-            items: one item, or N, of the modality that the run pairs with texts, such as an image; as in `encode`.
+            items: one item, or N, of the modality that the run pairs with texts, such as an image, as in `encode`.
             names: names of the C classes.
             template: one prompt or several, in which `{}` stands for the name, such as `a photo of a {}`.
 
@@ -228,15 +268,22 @@ class Model:
             `Scores`: `best`, the name of each item's class, `top(k)`, and `probs_NC`, (N, C) float32.
 
         Raises:
-            DataError: no name, one twice, an empty prompt, or a run without texts; and as in `encode`.
+            DataError: no name, one twice, an empty prompt, or a run without texts. Encoding raises the errors of
+                `encode`.
             SettingError: a template without `{}`.
             FingerprintError, MissingExtraError: as in `encode_image`.
         """
-        names, templates = list_distinct(names, "names", "names of classes"), list_texts(template, "template")
+        names = list_distinct(names, "names", "names of classes")
+        templates = list_texts(template, "template")
         for prompt in templates or ("",):
             if "{}" not in prompt:
                 raise SettingError(f"template: expected a text with {{}} for the name, got {prompt!r}")
-        prompts = [prompt.replace("{}", name) for name in names for prompt in templates]
+
+        # The prompts of a class follow each other, so that they form one axis.
+        prompts = []
+        for name in names:
+            for prompt in templates:
+                prompts.append(prompt.replace("{}", name))
         prompts_CTP = self.encode_text(prompts).reshape(len(names), len(templates), self.width)
         cosines_NC = self._encode_items(items) @ normalize(prompts_CTP.mean(axis=1)).T
         return Scores(names=names, probs_NC=softmax(self.scale * cosines_NC, axis=1).astype(np.float32))
@@ -265,9 +312,9 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectedEncoder:
-    """A frozen encoder with a trained projector: from raw items to the shared space.
+    """A frozen encoder with a trained projector, from raw items to the shared space.
 
-    `source` computes the features that the projector takes.
+    `source` computes the features that the projector reads.
     """
 
     source: FeatureEncoder
@@ -284,10 +331,13 @@ class ProjectedEncoder:
 
     def encode(self, num_items: int, prepare: Callable[[slice], list[Array]]) -> Floats:
         """Prepare, encode and project items, a batch at a time: (N, P) float32, rows of length 1."""
-        batches = self.source.batches(num_items, prepare)
+        parts = [np.empty((0, self.tower.output_width), np.float32)]
+
+        # Projectors were trained in float32, so a caller's autocast must not reach them.
         with torch.autocast(torch.device(self.device).type, enabled=False):
-            parts = [project(self.tower, to_inputs(values), device=self.device) for values in batches]
-        return np.concatenate([np.empty((0, self.tower.output_width), np.float32), *parts])
+            for values in self.source.batches(num_items, prepare):
+                parts.append(project(self.tower, to_inputs(values), device=self.device))
+        return np.concatenate(parts)
 
 
 def open_projected_encoder(modality: Modality, run: Run) -> ProjectedEncoder:
@@ -301,6 +351,7 @@ def open_projected_encoder(modality: Modality, run: Run) -> ProjectedEncoder:
     next_step = f'embed vectors of that feature with project(vectors, "{modality}")'
     if reason := why_no_encoder(EncoderSpec.parse(tower_input.spec), modality, next_step=next_step):
         raise SettingError(reason)
+
     source = open_feature_encoder(
         tower_input.spec,
         modality=modality,
@@ -312,7 +363,7 @@ def open_projected_encoder(modality: Modality, run: Run) -> ProjectedEncoder:
 
 
 def _load_text(text: str) -> str:
-    """Return a text as a caption is stored: without spaces around it."""
+    """Return a text without spaces around it, as captions are stored."""
     if not text.strip():
         raise DataError("expected texts with at least one word, got an empty text")
     return text.strip()
