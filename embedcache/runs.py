@@ -1,7 +1,7 @@
 """The folder of a run: a trained module, what it was trained on, how, and with what result.
 
-`run.json` is written when training starts and completed when it ends; no other module knows its keys. torch is imported
-where weights are used, so that a run is opened in milliseconds.
+`run.json` is written when training starts and completed when it ends. No other module knows its keys. torch is imported
+only when weights are used, so that a run is opened in milliseconds.
 """
 
 import shutil
@@ -54,22 +54,26 @@ _PAIR_CLASS = "embedcache.projectors.pair:AlignedPair"
 NETWORKS = Registry("network", dict.fromkeys(TOWERS, _PAIR_CLASS), group="embedcache.networks")
 """Modules by name. One of your own needs no entry: `module:attribute`."""
 
-MANIFEST, WEIGHTS, SPLIT, CHECKPOINT = "run.json", "model.safetensors", "split.parquet", "checkpoint.pt"
-LAST_WEIGHTS, LOG = "last.safetensors", "losses.jsonl"
+MANIFEST = "run.json"
+WEIGHTS = "model.safetensors"
+LAST_WEIGHTS = "last.safetensors"
+SPLIT = "split.parquet"
+CHECKPOINT = "checkpoint.pt"
+LOG = "losses.jsonl"
 PROTOTYPES = "prototypes.txt"
-"""Names of the classes that joined the closed form, a line each."""
+"""Names of the classes that joined the closed form, one per line."""
 
 RECIPES = "recipes"
 """Folder of the runs that `--recipe auto` compares, until the best one is kept."""
 
 _LISTED = (WEIGHTS, LAST_WEIGHTS, SPLIT, "selection.*", PROTOTYPES, LOG)
-"""Files that `run.json` lists, where a run has them."""
+"""Files that `run.json` lists if a run has them."""
 
 _FILES = (".claims", MANIFEST, CHECKPOINT, RECIPES, "tensorboard", *_LISTED)
-"""What the folder of a run may hold before it is finished."""
+"""Files that the folder of an unfinished run may contain."""
 
 _UNCHECKED = ("caches",)
-"""Keys that the digest leaves out: caches that have moved may be corrected by hand."""
+"""Keys that the digest leaves out, as paths of moved caches may be corrected by hand."""
 
 _RESTORE = "restore the file, or train again into a new folder"
 
@@ -77,7 +81,7 @@ Width: TypeAlias = Annotated[int, Field(gt=0, lt=2**31)]
 
 
 class RunInput(Manifest):
-    """A frozen feature, `encoder/feature`, that a module reads; `spec` opens the encoder again."""
+    """A frozen feature, `encoder/feature`, that a module reads. `spec` opens its encoder."""
 
     modality: str
     feature: str
@@ -90,15 +94,16 @@ class RunInfo(Manifest):
     """The content of `run.json`.
 
     Args:
-        kind: name in `NETWORKS`, or `module:attribute`, of what builds the module.
-        arguments: keyword arguments of `kind`, JSON values; of a pair, those of `AlignedPair`.
-        inputs: name of an input, such as its modality -> the feature. Those of a pair are in the order of its towers.
+        kind: name in `NETWORKS`, or `module:attribute`, of the class or function that builds the module.
+        arguments: keyword arguments of `kind`, as JSON values. For a pair, the arguments of `AlignedPair`.
+        inputs: name of an input, such as its modality -> the feature. Inputs of a pair are in the order of its towers.
         settings: all settings of the training that affect its result.
         index_digest: digest of the sample and item tables of the cache, joined by `+` for several caches.
-        digests: SHA-256 of what else decides the result: of files that settings name, by setting; of the weights that a
-            part started from, as `init_from PART`; of the rows that lack a feature, as `failed MODALITY`.
+        digests: SHA-256 of other data that decides the result. They are the files that settings name, by setting, the
+            weights that a part started from, as `init_from PART`, and the rows that lack a feature, as
+            `failed MODALITY`.
         caches: paths of the caches, relative to the run.
-        is_finished: whether the training is complete. What follows is empty before.
+        is_finished: whether the training is complete. The following fields are empty until then.
         report: result of the training.
         record: time, memory, machine, and versions of packages.
         weights: SHA-256 of the weights, which identifies them elsewhere.
@@ -127,7 +132,7 @@ class RunInfo(Manifest):
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A run, by `open` a finished one. Its module is read when it is first used, onto the device."""
+    """A run. `open` returns a finished one. Its module is read onto the device when it is first used."""
 
     path: Path
     info: RunInfo
@@ -141,7 +146,7 @@ class Run:
 
         Args:
             path: its folder.
-            kind: the kind that it must have, or several of which it must have one; None: any.
+            kind: the required kind, or several accepted kinds. If None, any kind.
             device: torch device of the module, or `auto`.
 
         Raises:
@@ -163,7 +168,7 @@ class Run:
 
     @classmethod
     def reuse(cls, path: Path, info: RunInfo) -> "Run | None":
-        """Return the finished run in a folder, after comparing it with what is requested; None if there is none.
+        """Return the finished run in a folder if it matches the request. Return None if there is no finished run.
 
         Raises:
             FingerprintError: it was trained with other settings, or on other features.
@@ -180,7 +185,9 @@ class Run:
         run = cls(path, stored)
         for name in stored.files.keys() & {WEIGHTS, SPLIT}:
             run.file(name)
-        if (path / CHECKPOINT).exists():  # nothing may be removed on a read-only disk
+
+        # A kill may have left them. On a read-only disk nothing may be removed.
+        if (path / CHECKPOINT).exists():
             (path / CHECKPOINT).unlink(missing_ok=True)
         shutil.rmtree(path / RECIPES, ignore_errors=True)
         return run
@@ -190,7 +197,7 @@ class Run:
         """Start a run in a folder under a lease, or resume an interrupted one that has a checkpoint or recipes.
 
         Raises:
-            PathError: the folder holds other files, or another process trains into it.
+            PathError: the folder contains other files, or another process trains into it.
             FingerprintError: the interrupted run has other settings.
         """
         prepare_folder(path, kind="a run", marker=MANIFEST, allowed=_FILES)
@@ -202,6 +209,8 @@ class Run:
         if stored is not None and stored.is_finished:
             leases.release(0)
             raise PathError(f"another process has just finished the run {path}; run the same command again to reuse it")
+
+        # Work of another request is not continued. Without any work, the folder starts anew.
         if stored is not None and ((path / CHECKPOINT).is_file() or (path / RECIPES).is_dir()):
             next_step = "use the same settings to resume, or give the path of a new folder"
             check_same(f"the unfinished run {path}", _comparable(stored), _comparable(info), next_step=next_step)
@@ -212,6 +221,7 @@ class Run:
 
     def finish(self, module: "nn.Module", report: Mapping[str, Any]) -> "Run":
         """Write the weights, then complete `run.json`, which makes the run a finished one."""
+        # The user gave this code, so the run that was written here is opened without asking.
         trust_code(self.info.kind)
         save_weights(self.path / WEIGHTS, module)
         return self._complete(report)
@@ -224,7 +234,12 @@ class Run:
         return replace(self, info=info)._complete(report)
 
     def _complete(self, report: Mapping[str, Any]) -> "Run":
-        names = sorted(found.name for pattern in _LISTED for found in self.path.glob(pattern))
+        names = []
+        for pattern in _LISTED:
+            names += [path.name for path in self.path.glob(pattern)]
+        names.sort()
+
+        # The manifest is completed last, as it says that all other files exist.
         info = replace_fields(
             self.info,
             is_finished=True,
@@ -245,7 +260,7 @@ class Run:
         return Run(self.path, info)
 
     def load(self) -> "Run":
-        """Read the module now, so that a run that is damaged or not trusted is refused early, and return the run."""
+        """Read the module now, so that a damaged or untrusted run is rejected early, and return the run."""
         _ = self.module
         return self
 
@@ -264,8 +279,11 @@ class Run:
 
     @property
     def selection_path(self) -> Path | None:
-        """Path of the run's copy of the selection that it was trained on; None without one."""
-        return next((self.file(name) for name in self.info.files if name.startswith("selection.")), None)
+        """Path of the run's copy of the selection that it was trained on, None without a selection."""
+        for name in self.info.files:
+            if name.startswith("selection."):
+                return self.file(name)
+        return None
 
     @cached_property
     def module(self) -> "nn.Module":
@@ -282,6 +300,8 @@ class Run:
         path = self.file(WEIGHTS)
         device = str(torch_device(self.device, needs_float64=self.info.kind != PAIR))
         announce_device(device)
+
+        # The shapes are compared before the module is built, as a wrong width could exceed the memory.
         try:
             weights = load_file(path)
             with names_from(self.path):
@@ -296,15 +316,16 @@ class Run:
         return module.to(device).eval()
 
     def _check_shapes(self, weights: Mapping[str, "Tensor"]) -> None:
-        """Check that the module would have weights of these shapes, before a width in `run.json` exceeds the memory."""
+        """Check that the module would have weights of these shapes, without using memory for them."""
         import torch
 
+        # Custom code may not support tensors without memory, and is then not checked.
         try:
             with torch.device("meta"):
                 module = self.info.build()
         except EmbedcacheError:
             raise
-        except Exception:  # noqa: BLE001 - of custom code that cannot be built without memory
+        except Exception:  # noqa: BLE001
             return
         module.to("meta").load_state_dict({name: value.to("meta") for name, value in weights.items()})
 
@@ -326,7 +347,7 @@ class Run:
 
     @property
     def modalities(self) -> tuple[str, ...]:
-        """Names of the inputs; of a pair, both modalities in the order of the towers."""
+        """Names of the inputs. For a pair, both modalities in the order of the towers."""
         return tuple(self.info.inputs)
 
     def input(self, name: str) -> RunInput:
@@ -341,7 +362,9 @@ class Run:
     def other_modality(self, modality: str) -> str:
         """Return the modality that a pair aligns with one of its modalities, or raise a `DataError`."""
         self.input(modality)
-        return next(name for name in self.modalities if name != modality)
+        names = list(self.modalities)
+        names.remove(modality)
+        return names[0]
 
     def check_feature(self, modality: str, name: str, fingerprint: Mapping[str, Any]) -> None:
         """Check that a feature comes from the encoder that an input was computed by, or raise a `FingerprintError`."""
@@ -365,18 +388,24 @@ class Run:
 
     @property
     def recipe(self) -> Mapping[str, Any]:
-        """All that decides the run except its seeds and where it was trained.
+        """All inputs and settings that decide the run, except its seeds and the machine.
 
         A split from a file counts as one of several, as a seed does. With `--recipe auto` the compared recipes count,
         and not the one that validation chose.
         """
+        # Options that differ between the compared recipes are left out, as each seed may have chosen another recipe.
         recipes = self.info.report.get("recipes", [])
-        varied = {name for recipe in recipes for name in recipe["options"]} - {"shuffle_prototypes"}
-        arguments = _without(self.info.arguments, varied)
-        settings = _without(self.info.settings, varied)
+        varied_options: set[str] = set()
+        for recipe in recipes:
+            varied_options.update(recipe["options"])
+        varied_options.discard("shuffle_prototypes")
+        arguments = _without(self.info.arguments, varied_options)
+        settings = _without(self.info.settings, varied_options)
+
+        # `auto` may have chosen another device for each seed.
         kind = "a file" if "split" in self.info.digests else settings.get("split", {}).get("kind")
         split = {**settings.get("split", {}), "seed": None, "kind": kind}
-        machine = {**settings.get("machine", {}), "device": None}  # `auto` may have chosen another one for each seed
+        machine = {**settings.get("machine", {}), "device": None}
         return {
             "recipes": [recipe["name"] for recipe in recipes],
             "arguments": arguments,
@@ -387,7 +416,7 @@ class Run:
 
 
 def read_info(path: Path) -> RunInfo:
-    """Read the `run.json` of a run that need not be finished. Errors are those of `Run.open`."""
+    """Read the `run.json` of a run, finished or not. It raises the errors of `Run.open`."""
     values = read_manifest(
         path / MANIFEST,
         kind="run",
@@ -400,19 +429,22 @@ def read_info(path: Path) -> RunInfo:
 
 
 def is_finished(path: Path) -> bool:
-    """Return whether a folder holds a finished run."""
+    """Return whether a folder contains a finished run."""
     return (path / MANIFEST).is_file() and read_info(path).is_finished
 
 
 def _without(values: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
     """Return values without some names, also in groups of values."""
-    kept = {name: value for name, value in values.items() if name not in names}
-    return {name: _without(value, names) if isinstance(value, Mapping) else value for name, value in kept.items()}
+    remaining = {}
+    for name, value in values.items():
+        if name not in names:
+            remaining[name] = _without(value, names) if isinstance(value, Mapping) else value
+    return remaining
 
 
 def _comparable(info: RunInfo) -> dict[str, Any]:
-    """Return what equal runs have in common: not paths of files whose digests they have, which may have moved."""
-    values = info.to_json()
+    """Return the fields that are equal in equal runs."""
+    # Files whose digests are compared may have moved, so their paths do not count.
     settings = dict(info.settings)
     if "split" in info.digests:
         settings["split"] = {**settings["split"], "kind": "a file"}
@@ -420,8 +452,8 @@ def _comparable(info: RunInfo) -> dict[str, Any]:
         settings["selection"] = "a file"
     if "prototypes" in info.digests:
         settings["prototypes"] = "a cache"
-    names = ("kind", "arguments", "inputs", "index_digest", "digests")
-    return {**{name: values[name] for name in names}, "settings": settings}
+    fields = info.model_dump(mode="json", include={"kind", "arguments", "inputs", "index_digest", "digests"})
+    return {**fields, "settings": settings}
 
 
 def save_weights(path: Path, module: "nn.Module") -> None:
