@@ -8,7 +8,7 @@ N × N matrix is made.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import partial
 from math import comb
 from typing import Literal, NamedTuple
 
@@ -220,11 +220,13 @@ def _first_within(negatives_K: Ints, num_positives: int, num_groups: int, k: int
             shifted = smaller_JS[: k - count, : k - count * size]
             sets_JS[count:, count * size :] += comb(int(negatives_K[size]), count) * shifted
 
-    probability = sum(
-        float(sets_JS[num].sum()) / comb(num_groups, num) * num_positives / (num_groups - num)
-        for num in range(min(k, num_groups - num_positives + 1))
-    )
-    return min(1.0, probability)  # a sum of nine ninths is a little more
+    probability = 0.0
+    for num in range(min(k, num_groups - num_positives + 1)):
+        fraction = float(sets_JS[num].sum()) / comb(num_groups, num)
+        probability += fraction * num_positives / (num_groups - num)
+
+    # A sum of nine ninths is a little more than 1.
+    return min(1.0, probability)
 
 
 def metric_label(name: str) -> str:
@@ -385,10 +387,10 @@ def bootstrap_means(
     sum_GK = np.stack([np.bincount(cluster_M, weights=column.astype(np.float64)) for column in values_MK.T], axis=1)
 
     # A resample is a weight per cluster, so its means are products with the sums of the clusters.
-    resamples = _resamples(len(size_G), num_draws, seed)
-    means = [weight_BG @ sum_GK / (weight_BG @ size_G)[:, None] for weight_BG in resamples]
-    means_RK = np.concatenate([values_MK.mean(axis=0, dtype=np.float64)[None], *means])
-    return [interval_of(means_R) for means_R in means_RK.T]
+    means = [values_MK.mean(axis=0, dtype=np.float64)[None]]
+    for weight_BG in _resamples(len(size_G), num_draws, seed):
+        means.append(weight_BG @ sum_GK / (weight_BG @ size_G)[:, None])
+    return list(map(interval_of, np.concatenate(means).T))
 
 
 def bootstrap_median(values: Array, clusters: Ints | None = None, *, num_draws: int = 1000, seed: int = 0) -> Estimate:
@@ -422,8 +424,10 @@ def bootstrap_class_mean(
         mean_CB = sum_CB / np.maximum(count_CB, 1)
         return np.asarray(mean_CB.sum(axis=0) / (count_CB > 0).sum(axis=0))
 
-    resamples = _resamples(len(size_G), num_draws, seed)
-    means = [class_means(np.ones((len(size_G), 1))), *(class_means(weight_BG.T) for weight_BG in resamples)]
+    # The first value is the mean of all data, with each cluster once.
+    means = [class_means(np.ones((len(size_G), 1)))]
+    for weight_BG in _resamples(len(size_G), num_draws, seed):
+        means.append(class_means(weight_BG.T))
     return interval_of(np.concatenate(means))
 
 
@@ -460,7 +464,7 @@ def resample_runs(
     # Counts and sums of each run and cluster: a resample is a weighted sum of them.
     count_RG = np.zeros((num_runs, num_clusters))
     sums = []
-    parts = np.split(cluster_M, np.cumsum([len(run_clusters) for run_clusters in clusters])[:-1])
+    parts = np.split(cluster_M, np.cumsum(list(map(len, clusters)))[:-1])
     for run, (values_MK, part_M) in enumerate(zip(values, parts, strict=True)):
         count_RG[run] = np.bincount(part_M, minlength=num_clusters)
         columns = [np.bincount(part_M, column, minlength=num_clusters) for column in values_MK.T.astype(np.float64)]
@@ -570,7 +574,7 @@ def over_seeds(
         clusters: cluster of each item of each run.
     """
     num_runs = len(clusters)
-    has_same_items = all(np.array_equal(clusters[0], run_clusters) for run_clusters in clusters[1:])
+    has_same_items = all(map(partial(np.array_equal, clusters[0]), clusters[1:]))
     intervals = {}
     for name, items in estimates.items():
         reach = float(_student(num_runs - 1) * np.std(values[name], ddof=1) / np.sqrt(num_runs))
@@ -669,7 +673,7 @@ class CenteredRows:
 
         # Rows are sorted by block, so each block is a slice; the first slice leaves out nothing.
         bounds = np.concatenate([[0], np.cumsum(sizes)])
-        self.slices = [slice(0, 0), *(slice(*pair) for pair in pairwise(bounds.tolist()))]
+        self.slices = [slice(0, 0), *map(slice, bounds[:-1].tolist(), bounds[1:].tolist())]
         sums_GD = -np.stack([self.rows_ND[block].sum(axis=0) for block in self.slices])
 
         self.squares_N: Doubles = np.einsum("nd,nd->n", self.rows_ND, self.rows_ND)

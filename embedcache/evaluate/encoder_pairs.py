@@ -66,9 +66,10 @@ def _open_features(cache: Cache, modality: str, names: Sequence[str]) -> tuple[l
             feature.require_complete()
         return list(by_name.values()), []
 
+    # Without any feature, opening one raises the error that names the command to extract some.
     stored = cache.features(modality)
     if not stored:
-        open_input(cache, modality)  # raises, with the command that extracts some
+        open_input(cache, modality)
 
     complete = []
     skipped = []
@@ -373,6 +374,7 @@ def evaluate_pairs(
 
 def _name_features(cache: Cache, feature: NamedFeatures) -> dict[str, Sequence[str]]:
     """Return the names of the features of two modalities, in the order of `order_pair`. No names mean all features."""
+    # A single name is compared with all features of the other modality.
     names = features_by_modality(cache, feature)
     if len(names) < 2 and {*names} <= {*default_pair(cache)}:
         names = {modality: names.get(modality, []) for modality in default_pair(cache)}
@@ -386,12 +388,11 @@ def _name_features(cache: Cache, feature: NamedFeatures) -> dict[str, Sequence[s
 
 def _chances(sample: _Sample) -> list[Estimate]:
     """Compute the recall of a random order of the validation items, in both directions."""
-    return [
-        chance_estimate(
-            tied_chance_recall(positives, candidates.contents, _RECALL_K), effective_number(queries.contents)
-        )
-        for positives, queries, candidates in sample.both_ways()
-    ]
+    chances = []
+    for positives, queries, candidates in sample.both_ways():
+        recall = tied_chance_recall(positives, candidates.contents, _RECALL_K)
+        chances.append(chance_estimate(recall, effective_number(queries.contents)))
+    return chances
 
 
 def _measure_pairs(
@@ -402,6 +403,7 @@ def _measure_pairs(
     progress: Progress,
 ) -> list[PairMetrics]:
     """Measure every pair. All second features are prepared first, then one first feature after another."""
+    # One side stays in memory, so that each feature is read once.
     products = products_on(settings.device)
     progress.start("encoder pairs", len(first_features) * len(second_features), "pairs")
     prepared = [_prepare(feature, sample.pairs.second, sample, settings.k, products) for feature in second_features]
@@ -444,9 +446,9 @@ def _prepare(feature: InputFeature, items: Items, sample: _Sample, k: int, produ
         blocked = CenteredRows(rows_SD, sample.blocks)
     except DataError as error:
         raise DataError(f"{feature.modality} feature {feature.name}: {error}") from error
-    own = kernel_products(blocked, blocked)
     neighbors_SK = nearest_others(rows_SD, k, products=products)
-    return _PreparedFeature(feature.modality, feature.name, unit_ID, rows_SD, neighbors_SK, own)
+    products_with_itself = kernel_products(blocked, blocked)
+    return _PreparedFeature(feature.modality, feature.name, unit_ID, rows_SD, neighbors_SK, products_with_itself)
 
 
 def _measure(sample: _Sample, first: _PreparedFeature, second: _PreparedFeature, products: Products) -> PairMetrics:

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from embedcache.options import RetrievalOptions
 
 KS = (1, 5, 10)
-_RECALLS = {f"r@{k}": k for k in KS}
+_RECALLS = {"r@1": 1, "r@5": 5, "r@10": 10}
 _MAX_K = 100
 
 
@@ -348,8 +348,8 @@ def compare_retrieval(
 def _mean_recall(ranking: Ranking) -> float:
     """Return the mean recall over both directions and all k."""
     recalls = []
-    for ranks in ranking.ranks.values():
-        recalls += [recall_at(ranks, k) for k in KS]
+    for ranks_Q in ranking.ranks.values():
+        recalls.append(np.mean(ranks_Q[:, None] <= KS, axis=0))
     return float(np.mean(recalls))
 
 
@@ -403,7 +403,12 @@ def _recall_curve(rankings: Sequence[Ranking], direction: str) -> list[float]:
     """Compute recall@k for k from 1 to at most `_MAX_K`."""
     ranks_Q = _pooled_ranks(rankings, direction)
     num_candidates = max(len(ranking.sides(direction)[1].rows) for ranking in rankings)
-    return [recall_at(ranks_Q, k) for k in range(1, min(_MAX_K, num_candidates) + 1)]
+    max_k = min(_MAX_K, num_candidates)
+
+    # The number of queries with a rank up to k is a cumulated count, which needs one pass for all k.
+    counts_K = np.cumsum(np.bincount(ranks_Q.clip(max=max_k + 1), minlength=max_k + 2))[1:-1]
+    curve: list[float] = (counts_K / len(ranks_Q)).tolist()
+    return curve
 
 
 def _chances(rankings: Sequence[Ranking], direction: str) -> dict[str, Estimate]:

@@ -283,7 +283,7 @@ class ClassNames:
 
     def are_in(self, texts: Iterable[str]) -> Bools:
         """Return whether each text contains a name as whole words, in any case, singular or plural: (T,) bool."""
-        return np.array([self._is_in(_words(text)) for text in texts], bool)
+        return np.array(list(map(self._is_in, map(_words, texts))), bool)
 
     def _is_in(self, words: tuple[str, ...]) -> bool:
         for length in self._lengths:
@@ -418,7 +418,7 @@ def _open_training_caches(run: Run, cache: Cache, paths: Sequence[str]) -> tuple
     A cache is recognized by its index digest. The evaluated cache is tried first, then `paths`, then the path that was
     recorded when the run was trained.
     """
-    moved_caches = [Cache(path) for path in paths]
+    moved_caches = list(map(Cache, paths))
     for moved_cache in moved_caches:
         if not was_trained_on(run, moved_cache):
             raise DataError(
@@ -471,6 +471,6 @@ def _num_affordable(evaluated: Mapping[str, ItemSet], trained: Sequence[Mapping[
     """Return how many samples can be compared within seconds."""
     products_per_sample = 0
     for modality, item_set in evaluated.items():
-        num_trained = sum(len(items[modality].items.rows) for items in trained)
-        products_per_sample += item_set.feature.width * num_trained
+        for items in trained:
+            products_per_sample += item_set.feature.width * len(items[modality].items.rows)
     return max(_MIN_CHECKED, int(_MAX_PRODUCTS / max(1, products_per_sample)))

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from embedcache.options import ZeroShotOptions
 
 KS = (1, 5)
-_ACCURACIES = {f"acc{k}": k for k in KS}
+_ACCURACIES = {"acc1": 1, "acc5": 5}
 _BLOCK = 4096
 
 
@@ -228,14 +228,13 @@ def _summarize(predictions: Sequence[ZeroShotPredictions], runs: Sequence[Run], 
     """Estimate the accuracies of all runs together. Their items are pooled."""
     first = predictions[0]
     num_classes = len(first.names)
-    masks = [np.ones(len(prediction.labels), bool) for prediction in predictions]
-    accuracies = _accuracies(predictions, masks)
+    accuracies = _accuracies(predictions)
 
     # Prototypes know the names of their classes, so other classes are also reported by themselves.
     labels_N = np.concatenate([prediction.labels for prediction in predictions])
     unnamed: Mapping[str, Estimate] = {}
     if first.is_named is not None and not first.is_named[labels_N].all():
-        unnamed = _accuracies(predictions, [prediction.is_unnamed for prediction in predictions])
+        unnamed = _accuracies(predictions, is_unnamed_only=True)
 
     # One run says nothing about the variance of seeds.
     by_run = _accuracies_by_run(predictions)
@@ -268,12 +267,13 @@ def _summarize(predictions: Sequence[ZeroShotPredictions], runs: Sequence[Run], 
     )
 
 
-def _accuracies(predictions: Sequence[ZeroShotPredictions], masks: Sequence[Bools]) -> dict[str, Estimate]:
-    """Estimate the accuracies of all runs together, on the items of each run where its (N,) mask is set."""
+def _accuracies(predictions: Sequence[ZeroShotPredictions], *, is_unnamed_only: bool = False) -> dict[str, Estimate]:
+    """Estimate the accuracies of all runs together, on all items or on items whose class no prototype names."""
     ranks = []
     clusters = []
     labels = []
-    for prediction, mask_N in zip(predictions, masks, strict=True):
+    for prediction in predictions:
+        mask_N = prediction.is_unnamed if is_unnamed_only else np.ones(len(prediction.labels), bool)
         ranks.append(prediction.ranks[mask_N])
         clusters.append(prediction.clusters[mask_N])
         labels.append(prediction.labels[mask_N])
