@@ -137,6 +137,12 @@ def build_map(
         CorruptError: the card or a file of the index has changed.
         MissingExtraError: umap-learn is not installed.
         DataError: the concepts cannot be compared with the items.
+
+    Example:
+        >>> card = embedcache.build_index("cache", "index", modality="text")
+        >>> index_map = embedcache.build_map("index", projection="pca")
+        >>> index_map.points.shape
+        (600, 2)
     """
     settings = merge_settings(MapSettings, settings, options)
     opened = OpenIndex(index, run=settings.run, cache=settings.cache, device=settings.device)

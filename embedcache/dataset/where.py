@@ -11,7 +11,7 @@ pass of Arrow over a block of rows, so the time is linear in the number of rows 
 import re
 import time
 from collections.abc import Callable, Sequence
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -189,6 +189,8 @@ def _require(what: str, kind: str, values: Sequence[_Value]) -> list[Any]:
     for value in values:
         if value.kind not in (kind, "missing"):
             raise SettingError(f"where: expected {kind} for {what}, got {value.words}, which is {value.kind}")
+
+    # A missing value has no type in Arrow, so it gets the type of the others.
     to_type = {"text": pa.large_string(), "true or false": pa.bool_()}.get(kind, pa.float64())
     return [value.values.cast(to_type) if value.kind == "missing" else value.values for value in values]
 
@@ -197,9 +199,18 @@ def _alike(what: str, values: Sequence[_Value]) -> list[Any]:
     """Return Arrow values of one kind. Text that is compared with numbers is parsed."""
     kinds = {value.kind for value in values} - {"missing"}
     if kinds == {"text", "a number"}:
-        values = [_to_number(value) if value.kind == "text" else value for value in values]
-    kind = next((value.kind for value in values if value.kind != "missing"), "text")
+        values = _to_numbers(values)
+
+    # The first value with a kind decides. If all are missing, any kind would do.
+    kind = "text"
+    for value in reversed(values):
+        kind = kind if value.kind == "missing" else value.kind
     return _require(what, kind, values)
+
+
+def _to_numbers(values: Sequence[_Value]) -> list[_Value]:
+    """Parse the texts among values as numbers."""
+    return [_to_number(value) if value.kind == "text" else value for value in values]
 
 
 def _to_number(value: _Value) -> _Value:
@@ -222,7 +233,9 @@ def _comparison(sign: str) -> Callable[..., Any]:
 
 def _arithmetic(sign: str) -> Callable[..., Any]:
     def compute(*values: _Value) -> Any:
-        numbers = _require(sign, "a number", [_to_number(value) if value.kind == "text" else value for value in values])
+        numbers = _require(sign, "a number", _to_numbers(values))
+
+        # Arrow would divide integers without a remainder.
         if sign == "/":
             numbers = [number.cast(pa.float64()) for number in numbers]
         return _ARITHMETIC[sign](*numbers)
@@ -241,7 +254,7 @@ def _between(*values: _Value) -> Any:
 
 def _is_in(*values: _Value) -> Any:
     value, *choices = _alike("in", values)
-    return reduce(pc.or_kleene, [pc.equal(value, choice) for choice in choices])
+    return reduce(pc.or_kleene, map(partial(pc.equal, value), choices))
 
 
 def _like(*, ignore_case: bool) -> Callable[..., Any]:
@@ -263,7 +276,7 @@ class _Token(NamedTuple):
 
 
 def parse_where(expression: str) -> Condition:
-    """Parse an expression; see `rows_where`. Raises `SettingError` if it has another form."""
+    """Parse an expression; see `rows_where`. It raises a `SettingError` if it has another form."""
     return _Parser(expression).parse()
 
 
@@ -283,6 +296,8 @@ class _Parser:
         self._any_of()
         if self._token.kind != "end":
             raise self._error("an operator or the end")
+
+        # Steps that are strings are names of columns. Each is read once.
         columns = dict.fromkeys(step for step in self._steps if isinstance(step, str))
         return Condition(self._steps, list(columns))
 

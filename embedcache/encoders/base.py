@@ -24,7 +24,7 @@ ItemShape: TypeAlias = tuple[int, ...]
 """Shape of one item's feature: `(D,)` a vector, `(T, D)` a fixed number of tokens, `(-1, D)` any number of tokens."""
 
 Modality: TypeAlias = ModalityName
-"""Name of a modality, such as `image`; what it means is in `embedcache.modalities`."""
+"""Name of a modality, such as `image`. `embedcache.modalities` defines them."""
 
 Backend: TypeAlias = Literal["torch", "onnxruntime", "ctranslate2", "numpy"]
 """Library that computes features."""
@@ -42,8 +42,8 @@ class Fingerprint:
         model: the model's name within the family, or the name of a local folder.
         revision: commit on the Hugging Face hub, if known.
         weights: SHA-256 over the names, dtypes, shapes and bytes of all weights.
-        preprocessing: how a raw item becomes a model input: sizes, interpolation, mean, std, maximum text length.
-        pooling: native feature -> how it is computed from the model's last states; derived features are not listed.
+        preprocessing: conversion of a raw item to a model input: sizes, interpolation, mean, std, maximum text length.
+        pooling: native feature -> its computation from the model's last states. Derived features are not listed.
         backend: library that runs the model.
         precision: dtype of the forward pass: `float32`, `float16` or `bfloat16`.
     """
@@ -59,6 +59,7 @@ class Fingerprint:
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as they read back from JSON."""
+        # A stored fingerprint has lists in place of tuples.
         fields: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return fields
 
@@ -72,7 +73,7 @@ NO_HEAD = (
     "use an encoder that was trained as a classifier, import vectors with names, or give this encoder a text tower "
     "through a second image encoder (docs/howto/train.md)"
 )
-"""Next step where an encoder has no classifier."""
+"""Next step if an encoder has no classifier."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +83,8 @@ class Head:
     Args:
         rows_CD: (C, D) float32 weights of the classes.
         names: name of each class, synonyms separated by commas.
-        features: vector features of the encoder that the layer reads; several if they are equal.
-        origin: where the names are from, for the record.
+        features: vector features of the encoder that the layer reads. There are several if they are equal.
+        origin: source of the names, for the record.
     """
 
     rows_CD: "Array"
@@ -96,16 +97,16 @@ class Encoder(Protocol):
     """A frozen model of one modality.
 
     It may have three more attributes. Two are mappings from feature names: `axes`, the `embedcache.store.layout.Axis`
-    of a feature of tokens, and `dtypes`, the dtype on disk of a feature that has one of its own, such as `int16` for
-    labels and `float32` for coordinates, whatever `--dtype` says. `read_head` is a function without arguments that
-    returns the `Head` of a model that was trained as a classifier.
+    of a feature of tokens, and `dtypes`, the dtype on disk of a feature that ignores `--dtype`, such as `int16` for
+    labels and `float32` for coordinates. `read_head` is a function without arguments that returns the `Head` of a model
+    that was trained as a classifier.
 
-    `prepare` is called from many threads at once and needs no device; `encode` is called from one thread.
+    `prepare` is called from many threads concurrently and needs no device. `encode` is called from one thread.
     """
 
     modality: Modality
     features: Mapping[str, ItemShape]
-    """Features that the encoder offers, in order; the first is the default."""
+    """Features that the encoder offers, in order. The first is the default."""
     fingerprint: Fingerprint
     batch_size: int
     """Number of items per call of `encode`."""
@@ -123,7 +124,7 @@ class Encoder(Protocol):
             tokens. Others: any array.
 
         Raises:
-            ItemError: an item is not fit for the model, such as a recording of 0 s; it fails with that reason.
+            ItemError: an item is not fit for the model, such as a recording of 0 s. It fails with that reason.
         """
         ...
 
@@ -131,15 +132,15 @@ class Encoder(Protocol):
         """Run the model on one batch.
 
         Args:
-            prepared: arrays from `prepare`; texts may differ in length.
+            prepared: arrays from `prepare`. Texts may differ in length.
             names: features to compute.
 
         Returns:
-            feature name -> one float32 array per item, of the shape in `features`, not normalized; integers for a
-            feature with an integer dtype of its own.
+            feature name -> one float32 array per item, of the shape in `features`, not normalized. A feature with an
+            integer dtype in `dtypes` has integers.
 
         Raises:
-            UnknownNameError: the encoder offers no feature of a name; see `check_names`.
+            UnknownNameError: the encoder offers no feature of that name; see `check_names`.
         """
         ...
 
@@ -149,7 +150,7 @@ def check_names(names: Iterable[str], features: Collection[str]) -> None:
 
     Args:
         names: names of the requested features.
-        features: names of those that the encoder offers.
+        features: names of the features that the encoder offers.
 
     Raises:
         UnknownNameError: lists the features that the encoder offers.

@@ -98,7 +98,7 @@ def open_encoder(spec: "str | EncoderSpec", *, modality: Modality, settings: Enc
 
 
 def check_spec(spec: str) -> None:
-    """Check what can be checked without opening a model: the family of a spec, and that its files exist.
+    """Check a spec without opening a model: its family, and that its files exist.
 
     Raises:
         SettingError, UnknownNameError: the spec is invalid, or there is no such family.
@@ -123,7 +123,7 @@ def why_no_encoder(spec: "EncoderSpec", modality: Modality, *, next_step: str | 
     """Return why no items can be encoded like the features of a spec, if no encoder computed them.
 
     Args:
-        spec: how the features were made.
+        spec: spec of the features.
         modality: modality of the items.
         next_step: the step that the message suggests instead. If None, one that suits extraction and repair.
     """
@@ -147,7 +147,7 @@ def why_no_encoder(spec: "EncoderSpec", modality: Modality, *, next_step: str | 
 
 
 def _without_auto(settings: EncoderSettings) -> EncoderSettings:
-    """Replace `auto`: the device is the CPU for onnxruntime, else chosen; the precision is float32."""
+    """Replace `auto`. The device is the CPU for onnxruntime, and the precision is float32."""
     is_onnx = settings.device == AUTO and settings.backend == "onnxruntime"
     return replace_fields(
         settings,
@@ -157,9 +157,10 @@ def _without_auto(settings: EncoderSettings) -> EncoderSettings:
 
 
 def auto_precision(spec: "EncoderSpec", device: str) -> Precision:
-    """Return what `auto` means for new features: bfloat16 for models that torch runs on a GPU that has it."""
+    """Return the precision `auto` of new features: bfloat16 for models that torch runs on a GPU that has it."""
     import torch
 
+    # Compute capability 8 is the first one with bfloat16.
     runs_in_torch = spec.family in _IN_TORCH and torch_device(device).type == "cuda"
     return "bfloat16" if runs_in_torch and torch.cuda.get_device_capability(device)[0] >= 8 else "float32"
 
@@ -170,7 +171,7 @@ def reopen_encoder(
     """Open the encoder that computed a cached feature, with the same precision and backend.
 
     Raises:
-        FingerprintError: the encoder differs; the message names each field with both values.
+        FingerprintError: the encoder differs. The message names each field with both values.
         SettingError: the encoder is custom code, and the file that names it is not trusted.
     """
     settings = EncoderSettings(**recorded_settings(fingerprint, device), features=feature_names(feature))
@@ -192,11 +193,12 @@ def reopen_encoder(
 
 
 def recorded_settings(fingerprint: Mapping[str, Any], device: str) -> dict[str, Any]:
-    """Return the `EncoderSettings` fields with which an encoder runs again as its fingerprint says.
+    """Return the `EncoderSettings` fields with which an encoder gives the output of its fingerprint.
 
-    What ran on onnxruntime stays on the CPU; all else runs on the device.
+    An encoder that ran on onnxruntime stays on the CPU. Any other runs on the device.
     """
-    has_choice = fingerprint["backend"] in {"torch", "onnxruntime"}  # other libraries are the only one of their family
+    # Any other library is the only one of its family.
+    has_choice = fingerprint["backend"] in {"torch", "onnxruntime"}
     return {
         "device": "cpu" if fingerprint["backend"] == "onnxruntime" else device,
         "backend": fingerprint["backend"] if has_choice else "auto",
@@ -225,7 +227,13 @@ class EncoderSpec:
 
     @classmethod
     def parse(cls, text: str) -> "EncoderSpec":
-        """Parse `family:model[,option=value]…`."""
+        """Parse `family:model[,option=value]…`.
+
+        Example:
+            >>> spec = EncoderSpec.parse("st:all-MiniLM-L6-v2,truncate_dim=128")
+            >>> spec.family, spec.model, spec.int_option("truncate_dim")
+            ('st', 'all-MiniLM-L6-v2', 128)
+        """
         name, *options = split_options(text)
         family, colon, model = name.strip().partition(":")
 
@@ -241,7 +249,7 @@ class EncoderSpec:
 
     @property
     def text(self) -> str:
-        """The spec as a string, with options sorted by name; `parse` reads it back."""
+        """The spec as a string, with options sorted by name. `parse` reads it back."""
         name = f"{self.family}:{self.model}" if self.model else self.family
         options = [f"{key}={quote_option(value)}" for key, value in sorted(self.options.items())]
         return ",".join([name, *options])
@@ -262,10 +270,13 @@ class EncoderSpec:
 
     @property
     def inner(self) -> "EncoderSpec | None":
-        """Spec of the encoder that is the model, as in `frames:lite:efficientnet-lite0,rate=25`; None for others."""
+        """Spec of the encoder that a `frames` model names, as `lite:efficientnet-lite0`. None for other families."""
         if self.family != "frames" or ":" not in self.model:
             return None
-        options = {name: value for name, value in self.options.items() if name != "rate"}
+
+        # All options but the rate belong to the image encoder.
+        options = dict(self.options)
+        options.pop("rate", None)
         return replace(EncoderSpec.parse(self.model), options=options)
 
     @property
@@ -293,14 +304,14 @@ class EncoderSpec:
         return expand_home(self.options["weights"]) if "weights" in self.options else None
 
     def int_option(self, name: str) -> int | None:
-        """Return an option that is a positive whole number; None if it is not given."""
+        """Return an option that is a positive whole number. It is None without the option."""
         text = self.options.get(name)
         if text is not None and not (text.isdecimal() and int(text)):
             raise SettingError(f"option {name} in {self.text}: expected a whole number of at least 1, got {text!r}")
         return None if text is None else int(text)
 
     def fingerprint(self, **fields: Any) -> Fingerprint:
-        """Return the fingerprint of the model that the spec names; `fields` are the others of `Fingerprint`."""
+        """Return the fingerprint of the model that the spec names, with other `fields` of `Fingerprint`."""
         return Fingerprint(family=self.family, model=self.model_name, **fields)
 
     @property

@@ -107,6 +107,7 @@ def reopen_view(fingerprint: Mapping[str, Any], location: str = "") -> View:
     Raises:
         PathError: the file exists in neither place.
     """
+    # A stranger may have written the cache.
     with names_from("the cache"):
         try:
             return open_view(location or fingerprint["name"])
@@ -130,7 +131,7 @@ class FeatureEncoder:
 
     def prepare(self, items: Sequence[Any]) -> list[Array]:
         """Convert decoded items to the encoder's inputs, one array per item."""
-        return self.encoder.prepare([self.view(item) for item in items])
+        return self.encoder.prepare(list(map(self.view, items)))
 
     def batches(self, num_items: int, prepare: Callable[[slice], list[Array]]) -> Iterator[list[list[Array]]]:
         """Iterate over the values of items, a batch of the encoder at a time: for each name, an array per item."""
@@ -169,10 +170,12 @@ def open_crop(argument: str) -> View:
         raise SettingError(f"invalid view 'crop:{argument}': expected crop:S with 0 < S <= 1, such as crop:0.5")
 
     def crop(image: Image) -> Image:
-        width, height = (max(1, round(side * fraction)) for side in image.size)
-        left_px = (image.width - width) // 2
-        top_px = (image.height - height) // 2
-        return image.crop((left_px, top_px, left_px + width, top_px + height))
+        # A tiny image keeps at least one pixel.
+        width_px = max(1, round(image.width * fraction))
+        height_px = max(1, round(image.height * fraction))
+        left_px = (image.width - width_px) // 2
+        top_px = (image.height - height_px) // 2
+        return image.crop((left_px, top_px, left_px + width_px, top_px + height_px))
 
     name = f"crop:{argument}"
     return View(name=name, modality="image", apply=crop, fingerprint={"name": name})
