@@ -6,11 +6,11 @@ from types import ModuleType
 import pytest
 
 import embedcache
-from embedcache.curate import coverage, dedup, leaks, map, negatives, outliers, score
+from embedcache.curate import coverage, dedup, leaks, map, negatives, outliers, score, settings
 from embedcache.curate.select import select
 
 
-@pytest.mark.parametrize("module", [coverage, dedup, leaks, map, negatives, outliers, score, select])
+@pytest.mark.parametrize("module", [coverage, dedup, leaks, map, negatives, outliers, score, select, settings])
 def test_docstring_examples(
     module: ModuleType, clear: Path, two_caches: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

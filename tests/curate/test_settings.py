@@ -1,12 +1,10 @@
 """Numbers that the settings of curation declare, and settings that exclude each other."""
 
-import doctest
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from embedcache.curate import settings
 from embedcache.curate.settings import (
     CoverageSettings,
     DedupSettings,
@@ -17,10 +15,6 @@ from embedcache.curate.settings import (
 )
 from embedcache.dataset.settings import SplitSettings
 from embedcache.errors import SettingError
-
-
-def test_docstring_examples() -> None:
-    assert doctest.testmod(settings).failed == 0
 
 
 def test_limits_of_leaks_are_by_modality() -> None:
