@@ -37,7 +37,7 @@ class Labels:
 
 
 def has_label(cache: Cache, samples: Ints, *, column: str = "label") -> Bools:
-    """Return whether each of some samples has a label: (M,) bool; errors are those of `read_labels`."""
+    """Return whether each of some samples has a label: (M,) bool. Raises the errors of `read_labels`."""
     has_value: Bools = _read(cache, samples, column).is_valid().to_numpy(zero_copy_only=False)
     return has_value
 
@@ -49,7 +49,7 @@ def read_labels(cache: Cache, samples: Ints, *, column: str = "label", classes: 
         samples: (M,) int64 rows of `cache.samples`, in any order.
         column: column of the labels, which are class names or class numbers from 0. Whole numbers in floating point are
             class numbers, and NaN is a missing label: pandas stores integers so if one is missing.
-        classes: names of all classes; None: the distinct labels, sorted.
+        classes: names of all classes (the sorted distinct labels if None).
 
     Raises:
         UnknownNameError: the cache has no such column; the message lists its columns.
@@ -57,32 +57,40 @@ def read_labels(cache: Cache, samples: Ints, *, column: str = "label", classes: 
             are names of some and numbers of others.
     """
     location = f"column {column!r} of {cache.path}"
-    labels, which_M = _find_distinct(cache, samples, column, location)
+    labels, label_M = _find_distinct(cache, samples, column, location)
+
     if classes is None:
         sorted_labels = sorted(labels)
         numbers: Mapping[Label, int] = {label: number for number, label in enumerate(sorted_labels)}
         names = [str(label) for label in sorted_labels]
     else:
-        numbers, names = _number_labels(labels, classes, location), list(classes)
-        _check_known(labels, which_M, numbers, names, location)
+        numbers = _number_labels(labels, classes, location)
+        names = list(classes)
+        _check_known(labels, label_M, numbers, names, location)
+
+    # Distinct labels are looked up once each: samples are many, labels few.
     number_F = np.array([numbers[label] for label in labels], np.int64)
-    return Labels(names=names, numbers=number_F[which_M])
+    return Labels(names=names, numbers=number_F[label_M])
 
 
 def _find_distinct(cache: Cache, samples: Ints, column: str, location: str) -> tuple[list[Label], Ints]:
     """Return the distinct labels, and the position of each sample's label among them: (M,)."""
     values = _read(cache, samples, column)
+
     if values.null_count:
         first = cache.key(int(samples[np.flatnonzero(values.is_null())[0]]))
         raise DataError(
             f"{values.null_count:,} of {len(samples):,} samples have no label in {location}, first {first!r}; "
             "label them in the source and extract again, or choose another column"
         )
+
+    # Booleans are names of two classes, not the numbers 0 and 1.
     if pa.types.is_boolean(values.type):
         values = values.cast(pa.large_string())
+
     encoded = values.dictionary_encode()
-    which_M: Array = encoded.indices.to_numpy(zero_copy_only=False)
-    return encoded.dictionary.to_pylist(), which_M.astype(np.int64)
+    label_M: Array = encoded.indices.to_numpy(zero_copy_only=False)
+    return encoded.dictionary.to_pylist(), label_M.astype(np.int64)
 
 
 def _read(cache: Cache, samples: Ints, column: str) -> pa.Array:
@@ -98,14 +106,17 @@ def _read(cache: Cache, samples: Ints, column: str) -> pa.Array:
 
 def _to_integers(cache: Cache, column: str, values_M: Array) -> pa.Array:
     """Return whole numbers in floating point as integers, and NaN as null."""
+    # NaN has no integer; a zero stands in for it below the mask.
     is_missing = np.isnan(values_M)
     numbers_M = np.where(is_missing, 0, values_M.astype(np.float64))
+
     is_whole = (np.trunc(numbers_M) == numbers_M) & (np.abs(numbers_M) < _MAX_WHOLE)
     if not is_whole.all():
         raise DataError(
             f"column {column!r} of {cache.path}: expected class names, or class numbers from 0, got "
             f"{values_M[~is_whole][0]}; name another column with --label"
         )
+
     return pa.array(numbers_M.astype(np.int64), mask=is_missing)
 
 
@@ -123,7 +134,7 @@ def label_text(value: Any) -> str | None:
 
 
 def require_column(cache: Cache, column: str) -> None:
-    """Check that samples have a column; `UnknownNameError` with those that there are if they do not."""
+    """Check that samples have a column, or raise an `UnknownNameError` that lists their columns."""
     if column not in cache.columns:
         known = [name for name in cache.columns if name != "key"]
         hint = "a folder with a subfolder per class has the column 'label'"
@@ -136,6 +147,8 @@ def _number_labels(labels: Sequence[Label], classes: Sequence[str], location: st
         return {number: number for number in range(len(classes))}
     if not set(labels) & set(classes) and all(str(label).isdecimal() for label in labels):
         return {str(number): number for number in range(len(classes))}  # numbers in a CSV
+
+    # Two classes may share a name as long as no sample is labeled with it.
     numbers: dict[Label, int] = {}
     for number, name in enumerate(classes):
         if name in numbers and name in labels:
@@ -144,17 +157,18 @@ def _number_labels(labels: Sequence[Label], classes: Sequence[str], location: st
                 "label samples with class numbers, or make the class names unique"
             )
         numbers.setdefault(name, number)
+
     return numbers
 
 
 def _check_known(
-    labels: Sequence[Label], which_M: Ints, numbers: Mapping[Label, int], names: Sequence[str], location: str
+    labels: Sequence[Label], label_M: Ints, numbers: Mapping[Label, int], names: Sequence[str], location: str
 ) -> None:
     is_other_F = np.array([label not in numbers for label in labels], bool)
     if is_other_F.any():
         others = [labels[position] for position in np.flatnonzero(is_other_F).tolist()]
         raise DataError(
-            f"{is_other_F[which_M].sum():,} of {len(which_M):,} samples have labels in {location} that are not "
+            f"{is_other_F[label_M].sum():,} of {len(label_M):,} samples have labels in {location} that are not "
             f"classes: {first_few(others, 5, show=repr)}; the classes are {first_few(names, 5, show=repr)}, counted "
             "from 0"
         )
@@ -213,20 +227,25 @@ def read_prompts(cache: Cache, feature: InputFeature) -> Prompts:
         UnfinishedError: the feature has uncommitted chunks.
     """
     feature.require_complete()
+
     names: list[str] = cache.samples[CLASS].to_pylist()
     rows = np.flatnonzero(feature.valid)
+    prompt_samples = cache.items("text", columns=["sample"])["sample"].to_numpy()
     prompts = Prompts(
         feature=feature,
         names=names,
         rows=rows,
-        classes=cache.items("text", columns=["sample"])["sample"].to_numpy()[rows],
+        classes=prompt_samples[rows],
     )
+
+    # A class without prompts has no direction.
     missing = [name for name, count in zip(names, prompts.counts, strict=True) if not count]
     if missing:
         raise DataError(
             f"{len(missing)} of {len(names)} classes of {cache.path} have no encoded prompt, first "
             f"{missing[0]!r}; add one and extract again"
         )
+
     return prompts
 
 

@@ -63,10 +63,12 @@ class Thumbnails:
 
     def __init__(self, cache: Cache, modality: str = "image") -> None:
         self._modality = modality
+
         try:
             self._source = reopen_source(cache.info.source, cache.info.index_digest, max_bytes=_MAX_BYTES)
         except PathError as error:
             raise PathError(f"{not_shown(modality)}{error}{_MOVED}") from None
+
         self.places: Sequence[str] = getattr(self._source, "places", ())
         self._items = RowReader(cache, modality, [name for name in ITEM_SCHEMAS[modality].names if name != "sample"])
         self._urls: dict[int, str] = {}
@@ -99,8 +101,8 @@ class Thumbnails:
     def play(self, row: int, max_bytes: int) -> PlayedFile:
         """Return the recording or video in a row as a file to play. Thread-safe.
 
-        A recording is decoded, its interval if it is one, and what is returned is what an encoder gets. Of a video, it
-        is the whole file as it is stored; see `interval_fragment`.
+        A recording, or its interval, is decoded and returned as an encoder gets it. A video is returned as the whole
+        stored file; see `interval_fragment`.
 
         Raises:
             UnplayableError: the file would be larger than `max_bytes`, or is a video in a format that browsers lack.
@@ -108,10 +110,12 @@ class Thumbnails:
         """
         item = self._item(row)
         data = self._source.read(item)
+
         if self._modality == "audio":
             samples_n = decode_audio(data, item.start_s, item.stop_s)
             _check_size(2 * len(samples_n), max_bytes)
             return PlayedFile(data=_wav(samples_n), media_type="audio/wav")
+
         _check_size(len(data), max_bytes)
         return PlayedFile(data=data, media_type=_video_type(data))
 
@@ -136,14 +140,22 @@ def draw_sound(samples_n: Floats, width_px: int) -> Image.Image:
 
     Each column is the mean of a few windows, however long the recording is.
     """
-    height_px, num_windows = width_px // 2, width_px * _WINDOWS_PER_COLUMN
+    height_px = width_px // 2
+    num_windows = width_px * _WINDOWS_PER_COLUMN
+
+    # A recording shorter than one window still gives a column.
     padded_n = np.pad(samples_n, (0, max(0, _WINDOW - len(samples_n))))
     starts = np.linspace(0, len(padded_n) - _WINDOW, num_windows).astype(np.int64)
+
+    # The Hann window keeps a loud tone from spreading over all frequencies.
     windows = padded_n[starts[:, None] + np.arange(_WINDOW)] * np.hanning(_WINDOW).astype(np.float32)
     power = np.square(np.abs(np.fft.rfft(windows))).reshape(width_px, _WINDOWS_PER_COLUMN, -1).mean(axis=1)
+
     mel = np.linspace(np.log1p(AUDIO_RATE_HZ / 2 / 700), 0, height_px)  # the first row is the top
     bins = 700 * np.expm1(mel) * _WINDOW / AUDIO_RATE_HZ
     shown = np.stack([np.interp(bins, np.arange(column.size), column) for column in power], axis=1)
+
+    # The floors keep the logarithm of silence finite.
     level_db = 10 * np.log10(shown / max(shown.max(), 1e-6) + 1e-12)
     return Image.fromarray(np.round(255 * np.clip(level_db / _QUIETEST_DB, 0, 1)).astype(np.uint8))
 
@@ -152,6 +164,8 @@ def _middle_frame(data: bytes, item: FileItem) -> Image.Image:
     """Return the frame in the middle of a video or its interval; the first one if its end is not known."""
     video = decode_video(data, item.start_s, item.stop_s)
     middle_s = (item.start_s or 0.0) + (video.duration_s or 0.0) / 2
+
+    # Decoding starts half a frame early, so that rounding of times does not skip the middle frame.
     half_step_s = 0.5 / video.rate_hz
     frame = next(decode_video(data, max(0.0, middle_s - half_step_s)).frames())
     return Image.fromarray(np.ascontiguousarray(frame()))
@@ -169,13 +183,15 @@ def _wav(samples_n: Floats) -> bytes:
 
 def _check_size(num_bytes: int, max_bytes: int) -> None:
     if num_bytes > max_bytes:
-        size, limit = format_bytes(num_bytes), format_bytes(max_bytes)
+        size = format_bytes(num_bytes)
+        limit = format_bytes(max_bytes)
         raise UnplayableError(f"too large to be played here: {size}, more than {limit}")
 
 
 def _video_type(data: bytes) -> str:
     """Return the media type of a video that FFmpeg can open, if browsers know its container."""
-    is_webm, is_mp4 = data.startswith(b"\x1a\x45\xdf\xa3"), data[4:8] == b"ftyp"
+    is_webm = data.startswith(b"\x1a\x45\xdf\xa3")
+    is_mp4 = data[4:8] == b"ftyp"
     if not is_webm and not is_mp4:
         raise UnplayableError("browsers play MP4 and WebM, and this video is neither; convert it to one of them")
     if "video" not in probe_media(data):

@@ -1,4 +1,4 @@
-"""Stored rows as unit vectors: those of one cached feature, plain or projected by a run, or of some items."""
+"""Stored rows as unit vectors, plain or projected by a run."""
 
 import os
 from collections.abc import Iterator
@@ -32,10 +32,10 @@ class Vectors:
     Args:
         cache_path: path or URL of the cache.
         modality: modality of the items.
-        feature: `encoder/feature`; None: the run's feature, or the only one of the modality.
-        run_path: run that projects the feature; None: the plain feature.
-        language: of texts, only those in this language; None or `any`: all.
-        width: the first components to keep, scaled to length 1 again; None: all.
+        feature: `encoder/feature` (the run's feature, or the only one of the modality, if None).
+        run_path: run that projects the feature (the plain feature if None).
+        language: language of the texts to keep (all if None or `any`).
+        width: number of first components to keep, scaled to length 1 again (all if None).
         device: torch device that projects.
         on_demand: the feature is known to be complete, as it was indexed: open nothing but the commits and weights
             that `read` needs, when it needs them.
@@ -61,16 +61,22 @@ class Vectors:
         on_demand: bool = False,
     ) -> None:
         self._device = device
+        # Only texts have a language.
         self._language = None if language == ANY_LANGUAGE or modality != "text" else language
+
         self.cache = Cache(cache_path)
         run = None if run_path is None else os.fspath(run_path)
         self._arguments = (str(self.cache.path), modality, feature, run, language, width, device)
+
         self.run_path = None if run is None else Path(run)
         self.run = None if run is None else Run.open(run, kind=TOWERS, device=device)
         self._selected: Ints | None = None
+
+        # Weights are checked early, unless a query must start quickly.
         if self.run is not None and not on_demand:
             self.run.load()
         self.feature = _open(self.cache, modality, feature, self.run, on_demand=on_demand)
+
         self.full_width = self.feature.width if self.run is None else self.run.shared_width
         if width is not None and width > self.full_width:
             raise SettingError(f"width: expected at most {self.full_width}, the width of the space, got {width}")
@@ -141,19 +147,22 @@ class Vectors:
         """Read one chunk and verify its checksums: rows (B,) and vectors (B, P); both are empty if all items failed."""
         rows, inputs = self.feature.chunk(number)
         if self._is_kept is not None:
-            kept = np.flatnonzero(self._is_kept[rows])
-            rows = rows[kept]
-            inputs = inputs.take(kept)
+            positions = np.flatnonzero(self._is_kept[rows])
+            rows = rows[positions]
+            inputs = inputs.take(positions)
+
         return rows, self._unit(rows, inputs)
 
     def blocks(self, title: str = "", progress: Progress | None = None) -> Iterator[tuple[Ints, Floats]]:
         """Iterate over all chunks in order, as one step of `progress`."""
         progress = progress or NullProgress()
+
         progress.start(title, len(self.rows), self.unit)
         for number in range(self.num_chunks):
             rows_B, vectors_BP = self.chunk(number)
             yield rows_B, vectors_BP
             progress.advance(len(rows_B))
+
         progress.finish()
 
     def read(self, rows: Ints, progress: Progress | None = None) -> Floats:
@@ -164,9 +173,12 @@ class Vectors:
         progress = progress or NullProgress()
         progress.start("reading vectors", len(rows), self.unit)
         unit_BP = np.empty((len(rows), self.width), np.float32)
-        at_once = len(rows) if self.feature.has_tokens else _READ_ROWS  # tokens are padded to the longest of a block
-        for block in blocks(len(rows), max(1, at_once)):
+
+        # Tokens are padded to the longest item of a block.
+        block_size = len(rows) if self.feature.has_tokens else _READ_ROWS
+        for block in blocks(len(rows), max(1, block_size)):
             unit_BP[block] = self._unit(rows[block], self.feature.read(rows[block]), progress)
+
         progress.finish()
         return unit_BP
 
@@ -176,17 +188,21 @@ class Vectors:
 
     def _unit(self, rows: Ints, inputs: Inputs, progress: Progress | None = None) -> Floats:
         progress = progress or NullProgress()
+
         if self.run is not None:
             tower = self.run.pair.tower(self.modality)
             unit_BP = project(tower, inputs, width=self.width, device=self.device, progress=progress)
         else:
             unit_BP = _normalize_blocks(inputs.values[:, : self.width])
             progress.advance(len(unit_BP))
+
+        # Selected rows were promised to have a direction; others may be zero.
         if self._selected is not None:
             self._check_directions(rows, unit_BP)
         return unit_BP
 
     def _check_directions(self, rows_B: Ints, unit_BP: Floats) -> None:
+        # The squared length of a unit vector rounds to 1; zero and NaN do not.
         bad = np.flatnonzero(np.rint(np.einsum("bp,bp->b", unit_BP, unit_BP)) != 1)
         if len(bad):
             item = RowReader(self.cache, self.modality, ["sample"]).take(rows_B[bad[:1]])
@@ -215,9 +231,11 @@ def _normalize_blocks(values_BD: Array) -> Floats:
 def _open(cache: Cache, modality: str, name: str | None, run: Run | None, *, on_demand: bool) -> InputFeature:
     if name is None and run is not None:
         name = run.input(modality).feature
+
     feature = open_input(cache, modality, name)
     if not on_demand:
         feature.require_complete()
+
     if run is not None:
         run.check_feature(modality, feature.name, feature.fingerprint)
     elif feature.has_tokens:
@@ -225,10 +243,12 @@ def _open(cache: Cache, modality: str, name: str | None, run: Run | None, *, on_
             f"feature {feature.name}: expected one vector per item, got several; choose a vector feature, or a run "
             "that projects it"
         )
+
     if not on_demand and not feature.valid.any():
         raise DataError(
             f"feature {feature.name}: expected encoded items, got none; see: embedcache inspect {quoted(cache.path)}"
         )
+
     return feature
 
 

@@ -1,4 +1,4 @@
-"""Captions in COCO's JSON, as of COCO and nocaps, and in that of Karpathy's splits of COCO, Flickr8k and Flickr30k."""
+"""Captions in COCO's JSON (COCO, nocaps) and in the JSON of Karpathy's splits (COCO, Flickr8k, Flickr30k)."""
 
 import posixpath
 from collections import defaultdict
@@ -66,11 +66,15 @@ class CocoSource:
         """
         with reading(self._path):
             text = decode_text(read_bytes(self._path), str(self._path), SourceError)
+
         fields = parse_json_object(text, str(self._path))
         images = _field(fields, "images", list, self._path)
         names = [_image_name(image, f"{self._path}: image {number}") for number, image in enumerate(images)]
+
+        # Only Karpathy's JSON keeps the captions within the images.
         read = _karpathy_samples if images and "sentences" in images[0] else partial(_coco_samples, fields)
         self._check_images(names)
+
         for sample in read(images, self._path):
             path = item_path(self._root_text, self._root_text, sample.images[0].path)
             yield replace(sample, images=(FileItem(path=path),))
@@ -105,9 +109,12 @@ def _coco_samples(fields: Mapping[str, Any], images: Sequence[Mapping[str, Any]]
     ids = [_field(image, "id", int | str, f"{path}: image {number}") for number, image in enumerate(images)]
     if len(set(ids)) < len(ids):
         raise SourceError(f"{path}: expected images with different id, got one twice; download the file again")
+
     for image_id, image in zip(ids, images, strict=True):
         columns = {name: value for name, value in image.items() if name not in ("id", "file_name", "filename")}
         yield _sample(_image_name(image, str(path)), captions_of.pop(image_id, []), {**columns, "image_id": image_id})
+
+    # Captions that no image claimed would be lost silently.
     if captions_of:
         raise SourceError(f"{path}: expected annotations of its images, got image_id {min(captions_of)!r}; repair it")
 
@@ -119,6 +126,7 @@ def _karpathy_samples(images: Sequence[Mapping[str, Any]], path: Path) -> Iterat
         columns = {name: value for name, value in image.items() if name not in ("filename", "filepath")}
         if columns.get("split") == "restval":  # of COCO: the part of val2014 that everybody trains on
             columns["split"] = "train"
+
         yield _sample(_image_name(image, location), captions, columns)
 
 
@@ -135,6 +143,7 @@ def _image_name(image: Any, location: str) -> str:
     """Return the path of an image as written in the file."""
     is_karpathy = isinstance(image, dict) and "filename" in image
     name: str = _field(image, "filename" if is_karpathy else "file_name", str, location)
+
     folder = image.get("filepath")
     return f"{folder}/{name}" if folder and isinstance(folder, str) else name
 
