@@ -24,6 +24,7 @@ from embedcache.projectors.base import project
 from embedcache.projectors.pair import AlignedPair
 from embedcache.provenance import write_report_json
 from embedcache.runs import PAIR, Run, RunInfo, RunInput
+from pipelines.icons.encoders import WORDLLAMA
 from tests.crash import call_elsewhere
 from tests.edits import edit_record
 from tests.export.runs import make_run, tower_input
@@ -127,6 +128,61 @@ def test_encoders_that_no_processor_prepares_for_are_refused(
 ) -> None:
     with pytest.raises(SettingError, match=word):
         _check_exportable(EncoderSpec.parse(spec), modality, preprocessing, layers, "transformers")
+
+
+class Own(torch.nn.Module):
+    """A projector that is a plug-in."""
+
+    def __init__(self, input_width: int, output_width: int) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(input_width, output_width)
+
+    def forward(self, vectors_BD: torch.Tensor) -> torch.Tensor:
+        projected: torch.Tensor = self.linear(vectors_BD)
+        return projected
+
+
+WHOLE, VIT, BERT = "whole/patch_mean", "vit/cls", "bert/mean"
+CLIP, ST, TF = "open-clip", "sentence-transformers", "transformers"
+UNSUPPORTED: list[tuple[str, str, str, str, type[Exception], str]] = [
+    (CLIP, WHOLE, BERT, "linear", SettingError, "its image projector is linear"),
+    (CLIP, WHOLE, BERT, "openclip-linear+openclip-mlp-image", SettingError, "its text projector is open"),
+    (CLIP, "dino/cls", BERT, "openclip-linear", SettingError, "its image encoder's family is hf: expected timm"),
+    (CLIP, WHOLE, "dense/dense", "openclip-linear", SettingError, "its text feature is dense"),
+    (CLIP, "mamba/patch_mean", BERT, "openclip-linear", SettingError, "open_clip cannot run its encoders"),
+    (CLIP, "whole/layer1.patch_mean", BERT, "openclip-linear", SettingError, "its image feature is layer1.patch_mean"),
+    (CLIP, VIT, BERT, "openclip-linear", ArtifactError, "nothing was written"),  # crop_pct 0.95
+    (ST, VIT, BERT, "mlp", SettingError, "MlpProjector .* train with --projector linear, identity"),
+    (ST, VIT, BERT, "linear+token", SettingError, "TokenProjector"),
+    (ST, VIT, "bert/tokens", "linear+token", SettingError, "its text feature is encoder/tokens"),
+    (ST, VIT, "bert/layer1.mean", "linear", SettingError, "its text feature is encoder/layer1.mean"),
+    (TF, VIT, "wordllama/mean", "linear", SettingError, "expected hf or st"),
+    (TF, VIT, "st/mean", f"{__name__}:Own", SettingError, "is a plug-in; use embedcache export onnx"),
+    (TF, VIT, "prompted/mean", "mlp", SettingError, "prompt.*use embedcache export onnx"),
+]
+"""Format, encoder and feature of images and of texts, projector, error and a word of it."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("form", "image", "text", "projector", "error", "word"), UNSUPPORTED)
+def test_unsupported_run_raises(
+    form: str,
+    image: str,
+    text: str,
+    projector: str,
+    error: type[Exception],
+    word: str,
+    tiny: dict[str, str],
+    tmp_path: Path,
+) -> None:
+    specs = {**tiny, "wordllama": WORDLLAMA, "prompted": f"{tiny['st']},prompt=query"}
+    image_name, _, image_feature = image.partition("/")
+    text_name, _, text_feature = text.partition("/")
+    sides = (specs[image_name], image_feature), (specs[text_name], text_feature)
+    run = make_run(tmp_path / "run", *sides, projector)
+    with pytest.raises(error, match=word):
+        export_run(form, run, tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_failed_parity_writes_nothing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,6 @@ import open_clip
 import pytest
 import torch
 
-from embedcache.errors import ArtifactError, SettingError
 from embedcache.export.base import TEXTS, TOLERANCE, embed_examples, example_images
 from embedcache.export.export import export_run
 from embedcache.modeling.images import rgb_image
@@ -44,24 +43,3 @@ def test_matches_the_run(
     torch.testing.assert_close(model.logit_scale.exp(), opened.pair.scale)
     config = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
     assert config["text_cfg"]["hf_model_name"] == str(folder)
-
-
-@pytest.mark.parametrize(
-    ("image", "text", "projector", "words"),
-    [
-        (("whole", "patch_mean"), ("bert", "mean"), "linear", "its image projector is linear"),
-        (("whole", "patch_mean"), ("bert", "mean"), "openclip-linear+openclip-mlp-image", "its text projector is open"),
-        (("dino", "cls"), ("bert", "mean"), "openclip-linear", "its image encoder's family is hf: expected timm"),
-        (("whole", "patch_mean"), ("dense", "dense"), "openclip-linear", "its text feature is dense"),
-        (("mamba", "patch_mean"), ("bert", "mean"), "openclip-linear", "open_clip cannot run its encoders"),
-        (("whole", "layer1.patch_mean"), ("bert", "mean"), "openclip-linear", "its image feature is layer1.patch_mean"),
-        (("vit", "cls"), ("bert", "mean"), "openclip-linear", "nothing was written"),  # crop_pct 0.95
-    ],
-)  # fmt: skip
-def test_unsupported_run_raises(
-    image: tuple[str, str], text: tuple[str, str], projector: str, words: str, tiny: dict[str, str], tmp_path: Path
-) -> None:
-    run = make_run(tmp_path / "run", (tiny[image[0]], image[1]), (tiny[text[0]], text[1]), projector)
-    with pytest.raises((SettingError, ArtifactError), match=words):
-        export_run("open-clip", run, tmp_path / "model")
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]

@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from embedcache.errors import SettingError
 from embedcache.export.base import TEXTS, TOLERANCE, embed_examples
 from embedcache.export.export import export_run
 from embedcache.runs import Run
@@ -42,19 +41,3 @@ def test_matches_the_run(
     model = SentenceTransformer(str(tmp_path / "model"), device="cpu")
     assert "".join(type(module).__name__[0] for module in model) == kinds
     np.testing.assert_allclose(model.encode(list(TEXTS)), embed_examples(Run.open(run), "text"), atol=TOLERANCE)
-
-
-@pytest.mark.parametrize(
-    ("feature", "projector", "words"),
-    [
-        ("mean", "mlp", "MlpProjector .* train with --projector linear, identity"),
-        ("mean", "linear+token", "TokenProjector"),
-        ("tokens", "linear+token", "its text feature is encoder/tokens"),
-        ("layer1.mean", "linear", "its text feature is encoder/layer1.mean"),
-    ],
-)
-def test_unsupported_run_raises(feature: str, projector: str, words: str, tiny: dict[str, str], tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", (tiny["vit"], "cls"), (tiny["bert"], feature), projector)
-    with pytest.raises(SettingError, match=words):
-        export_run("sentence-transformers", run, tmp_path / "model")
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]

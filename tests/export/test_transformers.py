@@ -16,14 +16,12 @@ from transformers import (
     pipeline,
 )
 
-from embedcache.errors import SettingError
 from embedcache.export.base import TEXTS, TOLERANCE, embed_examples, example_images
 from embedcache.export.export import export_run
 from embedcache.export.transformers import load_exported
 from embedcache.modeling.image_processing_embedcache import EmbedcacheImageProcessor
 from embedcache.modeling.images import rgb_image
 from embedcache.runs import Run
-from pipelines.icons.encoders import WORDLLAMA
 from tests.export.runs import make_run
 
 pytestmark = pytest.mark.slow
@@ -111,35 +109,3 @@ def test_exported_folder_can_be_saved_again_and_damaged(tiny: dict[str, str], tm
     save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(RuntimeError, match=r"has other names for \d+ weights of the encoders, .*pip install transform"):
         load_exported(folder)
-
-
-class Own(torch.nn.Module):
-    """A projector that is a plug-in."""
-
-    def __init__(self, input_width: int, output_width: int) -> None:
-        super().__init__()
-        self.linear = torch.nn.Linear(input_width, output_width)
-
-    def forward(self, vectors_BD: torch.Tensor) -> torch.Tensor:
-        projected: torch.Tensor = self.linear(vectors_BD)
-        return projected
-
-
-@pytest.mark.parametrize(
-    ("text", "projector", "words"),
-    [
-        (WORDLLAMA, "linear", "expected hf or st"),
-        ("st", f"{__name__}:Own", "is a plug-in; use embedcache export onnx"),
-        ("prompted", "mlp", "prompt.*use embedcache export onnx"),
-    ],
-)
-def test_unsupported_run_raises(text: str, projector: str, words: str, tiny: dict[str, str], tmp_path: Path) -> None:
-    run = make_run(
-        tmp_path / "run",
-        (tiny["vit"], "cls"),
-        ({**tiny, "prompted": f"{tiny['st']},prompt=query"}.get(text, text), "mean"),
-        projector,
-    )
-    with pytest.raises(SettingError, match=words):
-        export_run("transformers", run, tmp_path / "model")
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
