@@ -1,4 +1,4 @@
-"""Caches of images whose labels are their colors."""
+"""Caches of images whose labels are their colors, and runs."""
 
 import json
 import shutil
@@ -13,6 +13,7 @@ from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.sources import open_source
 from tests.conftest import FEATURES
+from tests.evaluate.test_retrieval import train_run
 from tests.images import COLORS
 from tests.toy import IMAGE, TEXT
 
@@ -54,3 +55,10 @@ def make_cache(folder: Path, columns_of: ColumnsOf, *, count: int = 120, copies:
 def labeled_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache of 240 images labeled with their color, 60 of them for test. Not to be changed."""
     return make_cache(tmp_path_factory.mktemp("labeled"), color, count=240)
+
+
+@pytest.fixture(scope="session")
+def runs(cache_path: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two runs of one recipe, which differ in their seed. Not to be changed."""
+    folder = tmp_path_factory.mktemp("runs")
+    return [train_run(cache_path, folder / f"seed-{seed}", seed=seed) for seed in range(2)]

@@ -52,12 +52,6 @@ def train_run(
     return run_path
 
 
-@pytest.fixture(scope="module")
-def runs(cache_path: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    folder = tmp_path_factory.mktemp("runs")
-    return [train_run(cache_path, folder / f"seed-{seed}", seed=seed) for seed in range(2)]
-
-
 def test_recall_matches_counting_by_hand(cache_path: Path, runs: list[Path]) -> None:
     report = evaluate_retrieval(cache_path, runs[:1])
     cache = Cache(cache_path)

@@ -15,19 +15,12 @@ from embedcache.projectors.base import project
 from embedcache.reports.zero_shot import confusion_table, present_zero_shot, zero_shot_json
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
-from tests.evaluate.test_retrieval import train_run
 from tests.images import COLORS, PLACES, write_images
 from tests.recorded import RecordedProgress
 from tests.reports.contract import check_report
 from tests.toy import IMAGE, TEXT
 
 COLOR_NAMES = sorted(COLORS)
-
-
-@pytest.fixture(scope="module")
-def runs(cache_path: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    folder = tmp_path_factory.mktemp("runs")
-    return [train_run(cache_path, folder / f"run-{seed}", seed=seed) for seed in range(2)]
 
 
 @pytest.fixture(scope="module")
