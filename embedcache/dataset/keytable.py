@@ -36,7 +36,7 @@ _SCHEMAS = {
     "split": pa.schema({"part": pa.string(), "group": pa.int64()}),
     "negatives": pa.schema({"group": pa.int64(), "negatives": pa.list_(pa.int32())}),
 }
-"""Columns that every table of a kind has, beside `key`; those of other kinds are free."""
+"""Columns that every table of a kind has in addition to `key`. Other kinds may have any columns."""
 _HINTS = {
     "selection": "Parquet with a column key, or a text file in UTF-8 with one key per line",
     "split": "the split.parquet of a run, which embedcache train writes",
@@ -98,27 +98,36 @@ def write(
     check_table_output(kind, path)
     firsts = np.cumsum([0, *map(len, caches)])
     rows = np.arange(firsts[-1]) if rows is None else rows
-    wrong = np.flatnonzero(np.diff(rows) <= 0)
-    if len(wrong):
-        before, after = rows[wrong[0] : wrong[0] + 2].tolist()
-        raise DataError(f"{kind} {path}: expected rows in ascending order, each once, got {after} after {before}")
+
+    # A table has one value per sample, so no row may come twice.
+    descents = np.flatnonzero(np.diff(rows) <= 0)
+    if len(descents):
+        previous_row, next_row = rows[descents[0] : descents[0] + 2].tolist()
+        raise DataError(
+            f"{kind} {path}: expected rows in ascending order, each once, got {next_row} after {previous_row}"
+        )
 
     number_M = np.searchsorted(firsts, rows, side="right") - 1
     table = pa.table({"row": rows - firsts[number_M]})
     if len(caches) > 1:
         table = table.append_column("cache", pa.array(number_M, pa.int16()))
+
     for name, values in columns.items():
         array = values.array if isinstance(values, Column) else values
         is_arrow = isinstance(array, pa.Array | pa.ChunkedArray)
         table = table.append_column(name, array if is_arrow else pa.array(array, from_pandas=True))
 
     table = table.add_column(1, "key", Keys(caches, rows).array)
+
+    # The digests tell a reader whether rows still mean the same samples.
     digests = [cache.info.index_digest for cache in caches]
     header = {"kind": kind, "caches": [str(cache.path) for cache in caches], "index_digests": digests, **about}
+
     table = table.replace_schema_metadata(to_metadata(header))
     parts = watch(
         blocks(len(table), _ROWS_PER_GROUP), progress or NullProgress(), f"writing the {kind}", len(table), "samples"
     )
+
     with new_output(path) as temporary:
         with pq.ParquetWriter(temporary, table.schema) as writer:
             for part in parts:
@@ -172,20 +181,24 @@ def read(
 
         if (np.diff(samples) <= 0).any():
             num_rows = len(samples)
+            # A selection may name a key several times; the first one counts.
             samples, places = np.unique(samples, return_index=True)
             table = table.take(pa.array(places))
             _check_repeated(path, kind, num_rows - len(samples))
-        left_out = [name for name in ("row", "key", "cache") if name in table.column_names]
-        table = table.drop_columns(left_out)
+
+        key_columns = [name for name in ("row", "key", "cache") if name in table.column_names]
+        table = table.drop_columns(key_columns)
         if kind in _SCHEMAS:
             table = table.select(_SCHEMAS[kind].names).cast(_SCHEMAS[kind])
 
     if num_removed:
         gone = pluralize(num_removed, "sample was", "samples were")
         warn_removed(f"{kind} {path}: {gone} removed from the cache, and left out")
+
     if not (len(samples) or can_be_empty):
         got = "only removed ones; make a new one" if num_removed else f"others, not {caches[0].key(0)!r}"
         raise DataError(f"{kind} {path}: expected samples of {name_caches(caches)}, got {got}")
+
     return KeyTable(rows=samples, columns=table, about=about)
 
 
@@ -206,21 +219,25 @@ def reading_table(path: Path, kind: str) -> Iterator[None]:
 
 
 def read_header(path: Path, kind: str) -> dict[str, Any]:
-    """Return the header of a table, empty for one of another tool; errors: `read`.
+    """Return the header of a table, empty for a table of another tool. Raises the errors of `read`.
 
     It has `index_digests` only if the table has the columns that they are for.
     """
     with reading_table(path, kind):
         if path.suffix != ".parquet":
             return {}
+
         with open_table(path) as file:
             schema = file.schema_arrow
         required = ["key", *_SCHEMAS.get(kind, pa.schema([])).names]
         if not set(required) <= set(schema.names):
             raise ValueError(f"it has the columns {', '.join(schema.names)}, not {' and '.join(required)}")
+
+        # Digests without rows, or without the cache of a row, identify no sample.
         about = read_metadata(path, schema)
         if "row" not in schema.names or ("cache" not in schema.names and len(about.get("index_digests", ())) > 1):
             about.pop("index_digests", None)
+
         return about
 
 
@@ -258,9 +275,11 @@ def _find_rows(
         number_B = block["cache"].to_numpy() if "cache" in block.column_names else np.zeros(len(block), np.int16)
         for cache, first, numbers, keys in zip(caches, firsts.tolist(), of_caches, readers, strict=False):
             part = block.filter(pa.array(np.isin(number_B, numbers)))
+
             is_removed = np.isin(part["row"].to_numpy(), cache.removed)
             num_removed += int(is_removed.sum())
             part = part.filter(pa.array(~is_removed))
+
             rows = part["row"].to_numpy()
             is_inside = bool(((rows >= 0) & (rows < len(cache))).all())
             if not is_inside or not keys.take(rows)["key"].equals(part["key"].cast(pa.large_string())):
@@ -268,8 +287,10 @@ def _find_rows(
                     f"{path}: expected in each row the key of {cache.path}, got others; write it again, or without the "
                     "column row"
                 )
+
             samples.append(first + rows)
             parts.append(part.drop_columns("key"))
+
     return np.concatenate(samples), pa.concat_tables(parts), num_removed
 
 
@@ -280,6 +301,7 @@ def _find_keys(
     known = table["key"].cast(pa.large_string()).combine_chunks()
     _check_repeated(path, kind, len(known) - len(pc.unique(known)))
     samples, places = match_keys(caches, known)
+
     num_removed = 0
     if not can_be_others:
         others = known.filter(pc.invert(pc.is_in(known, value_set=known.take(pa.array(places)))))

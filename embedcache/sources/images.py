@@ -38,6 +38,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, background: str =
     """
     if not data:
         raise ItemError("empty file")
+
     _set_up_pillow()
     try:
         return rgb_image(_load(data, max_pixels), background)
@@ -67,10 +68,13 @@ def _load(data: bytes, max_pixels: int) -> Image.Image:
     """Read the header, then the pixels."""
     image = Image.open(io.BytesIO(data), formats=FORMATS)
     width, height = image.size
-    if max(width, height) > _MAX_ASPECT_RATIO * min(width, height):  # resizing the short side would exhaust memory
+
+    # Resizing the short side of a very narrow image would exhaust memory.
+    if max(width, height) > _MAX_ASPECT_RATIO * min(width, height):
         raise ItemError(f"too narrow: {width} x {height} pixels, more than {_MAX_ASPECT_RATIO} to 1")
     if width * height > max_pixels:
         raise ItemError(f"too many pixels: {width} x {height}, more than {max_pixels:,}")
+
     image.load()
     return image
 
