@@ -61,7 +61,7 @@ _ABOUT = """Search one index of frozen embeddings with texts, images or indexed 
 Responses are JSON; an error is {"error": "one line"}."""
 _NO_JSON = "the body: expected a JSON object in UTF-8, sent with the header Content-Type: application/json"
 _UNREADABLE_BODY = "There was an error parsing the body"
-"""FastAPI's words for bytes that are no text, and for JSON that Python cannot hold."""
+"""FastAPI's words for bytes that are not text, and for JSON that Python cannot represent."""
 
 
 def make_app(service: SearchService) -> FastAPI:
@@ -71,9 +71,12 @@ def make_app(service: SearchService) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        # Requests are answered from files until everything is loaded.
         loading = [asyncio.create_task(asyncio.to_thread(load)) for load in (service.load, service.map.load)]
         batches = asyncio.create_task(batcher.run())
         yield
+
+        # A map that is computed would keep the process alive for minutes.
         service.map.stop()
         await asyncio.gather(*loading)
         batches.cancel()
@@ -110,19 +113,25 @@ def _add_search(
 ) -> None:
     async def respond(options: SearchOptions, **query: Any) -> SearchResponse:
         result = await batcher.submit(SearchQuery(k=options.k, keep=service.filter(options), **query))
-        encode_ms, search_ms = round(result.encode_ms, 3), round(result.search_ms, 3)
-        hits = service.hits(result.hits)
-        return SearchResponse.model_validate({"hits": hits, "encode_ms": encode_ms, "search_ms": search_ms})
+        fields = {
+            "hits": service.hits(result.hits),
+            "encode_ms": round(result.encode_ms, 3),
+            "search_ms": round(result.search_ms, 3),
+        }
+        return SearchResponse.model_validate(fields)
 
     @app.post("/api/search")
     async def search(request: SearchRequest) -> SearchResponse:
         """Search with a text, or for items similar to an indexed one."""
         row = request.row
+        # One of the three is the query, and the others are null.
         if [request.text, request.row, request.key].count(None) != 2:
             raise HTTPException(422, "expected either text, row or key")
         if request.text is not None and not request.text.strip():
             raise HTTPException(422, "text: expected some words, got an empty text")
         service.check_match(request)
+
+        # Searching for a key may read files, and must not hold up other requests.
         if request.key is not None:
             row = await asyncio.to_thread(service.row_of, request.key)
         if row is not None and not service.index.query_encoder.has_row(row):
@@ -148,6 +157,7 @@ def _add_file_search(
         if modality in service.rejected_queries:
             reason = service.rejected_queries[modality]
             raise HTTPException(400, f"this index does not accept {noun(modality)}: {reason}")
+        # A small file may decode to a huge image.
         decode = MODALITIES[modality].load_decoder()
         if modality == "image":
             background = service.index.query_encoder.background
@@ -211,7 +221,7 @@ def _add_media(app: FastAPI, modality: str, service: SearchService, decoders: De
 def _add_info(app: FastAPI, service: SearchService) -> None:
     @app.get("/api/info")
     async def info() -> ServerInfo:
-        """Return what this server holds and accepts."""
+        """Return the content and the capabilities of this server."""
         return ServerInfo.model_validate({**service.info(), "most_hits": MAX_HITS, "most_collected": MAX_COLLECTED})
 
     @app.get("/api/cards", response_model=list[CardOut])
@@ -222,10 +232,10 @@ def _add_info(app: FastAPI, service: SearchService) -> None:
     @app.get("/api/coverage")
     async def coverage() -> CoverageOut:
         """Return the number of items of each concept."""
-        found = service.coverage
-        if found is None:
+        measured = service.coverage
+        if measured is None:
             raise HTTPException(404, "no coverage; start the server with --concepts or --coverage")
-        return CoverageOut.model_validate({**found.summary, "concepts": found.concepts()})
+        return CoverageOut.model_validate({**measured.summary, "concepts": measured.concepts()})
 
     @app.get("/api/coverage/{number}")
     async def concept(number: _Row) -> ConceptHits:
@@ -299,7 +309,9 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid_request(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        if first["type"] == "json_invalid" or tuple(first["loc"]) == ("body",):  # no JSON, or no object of JSON
+
+        # The body is not JSON, or not an object.
+        if first["type"] == "json_invalid" or tuple(first["loc"]) == ("body",):
             return JSONResponse({"error": _NO_JSON}, 422)
         location = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path"))
         return JSONResponse({"error": f"{location or 'the body'}: {first['msg']}"}, 422)
@@ -310,7 +322,8 @@ def _add_errors(app: FastAPI) -> None:
             return JSONResponse({"error": error.args[0]}, 404)
         if isinstance(error, UnplayableError):
             return JSONResponse({"error": str(error)}, 404)
-        if isinstance(error, ItemError) and request.method == "GET":  # its message may contain a path of this machine
+        # The message may contain a path of this machine.
+        if isinstance(error, ItemError) and request.method == "GET":
             log.warning("%s: %s", request.url.path, error)
             return JSONResponse({"error": "the item cannot be read; the reason is in the server's log"}, 404)
         return JSONResponse({"error": str(error)}, 400)

@@ -30,7 +30,7 @@ class BusyError(Exception):
 
 
 class Batcher(Generic[_Input, _Output]):
-    """Batches of requests: collected for a few milliseconds after the first, then processed together on one thread.
+    """Collects requests for a few milliseconds after the first, and processes them together on one thread.
 
     While that thread works, requests collect for the next batch. Cancelled requests are left out of it.
 
@@ -49,13 +49,16 @@ class Batcher(Generic[_Input, _Output]):
         max_batch: int = _MAX_BATCH,
         max_waiting: int = _MAX_WAITING,
     ) -> None:
-        self._process, self._wait_s, self._max_batch, self._max_waiting = process, wait_s, max_batch, max_waiting
+        self._process = process
+        self._wait_s = wait_s
+        self._max_batch = max_batch
+        self._max_waiting = max_waiting
         self._waiting: list[tuple[_Input, asyncio.Future[_Output]]] = []
         self._has_requests = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="search")
 
     async def submit(self, request: _Input) -> _Output:
-        """Return the result of one request; raise `BusyError` if too many are waiting."""
+        """Return the result of one request. Raise `BusyError` if too many are waiting."""
         if len(self._waiting) >= self._max_waiting:
             raise BusyError
         future: asyncio.Future[_Output] = asyncio.get_running_loop().create_future()
@@ -68,6 +71,8 @@ class Batcher(Generic[_Input, _Output]):
         try:
             while True:
                 await self._has_requests.wait()
+
+                # A full batch gains nothing from waiting for more requests.
                 if len(self._waiting) < self._max_batch:
                     await asyncio.sleep(self._wait_s)
                 await self._process_batch()
@@ -75,18 +80,25 @@ class Batcher(Generic[_Input, _Output]):
             self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def _process_batch(self) -> None:
-        batch, self._waiting = self._waiting[: self._max_batch], self._waiting[self._max_batch :]
+        batch = self._waiting[: self._max_batch]
+        self._waiting = self._waiting[self._max_batch :]
         if not self._waiting:
             self._has_requests.clear()
+
+        # Requests that were cancelled while they waited cost no encoder time.
         batch = [(request, future) for request, future in batch if not future.done()]
         if not batch:
             return
+
         requests = [request for request, _ in batch]
         try:
             results = await asyncio.get_running_loop().run_in_executor(self._thread, self._process, requests)
-        except Exception as error:  # noqa: BLE001  # a bug is reported to all requests, and the next batch continues
+        except Exception as error:  # noqa: BLE001
+            # A bug is reported to all requests, and the next batch continues.
             results = [error] * len(batch)
+
         for (_, future), result in zip(batch, results, strict=True):
+            # A request may also be cancelled while its batch is processed.
             if future.done():
                 continue
             if isinstance(result, Exception):
@@ -126,26 +138,33 @@ class SearchResult:
 
 
 def search_batch(index: OpenIndex, queries: Sequence[SearchQuery]) -> list[SearchResult | EmbedcacheError]:
-    """Return the result of each query, in order; a query that fails gets its error, and the others their results."""
+    """Return the result of each query, in order. A query that fails gets its error, and the others their results."""
     started = time.perf_counter()
     try:
         vectors_QP = _encode(index, queries)
     except EmbedcacheError as error:
-        return [error] * len(queries) if len(queries) == 1 else [search_batch(index, [query])[0] for query in queries]
+        if len(queries) == 1:
+            return [error]
+
+        # Processed one by one, only the query that cannot be encoded fails.
+        return [search_batch(index, [query])[0] for query in queries]
     encode_ms = 1000 * (time.perf_counter() - started)
+
+    # One search per filter and kind of match.
     positions: dict[tuple[Filter, Match], list[int]] = defaultdict(list)
     for position, query in enumerate(queries):
         positions[query.keep, query.match].append(position)
     results: dict[int, SearchResult | EmbedcacheError] = {}
     for (keep, match), group in positions.items():
         k = max(queries[position].k for position in group)
+        started = time.perf_counter()
         try:
-            started = time.perf_counter()
             texts = None if match == "vectors" else [str(queries[position].text) for position in group]
             batch_hits = _search(index, None if match == "words" else vectors_QP[group], texts, k, keep)
         except EmbedcacheError as error:
             results |= dict.fromkeys(group, error)
             continue
+
         search_ms = 1000 * (time.perf_counter() - started)
         for position, hits in zip(group, batch_hits, strict=True):
             results[position] = SearchResult(hits=hits[: queries[position].k], encode_ms=encode_ms, search_ms=search_ms)
@@ -153,32 +172,44 @@ def search_batch(index: OpenIndex, queries: Sequence[SearchQuery]) -> list[Searc
 
 
 def _encode(index: OpenIndex, queries: Sequence[SearchQuery]) -> Floats:
-    """Return one vector per query, in order: (Q, P); zeros for those that only match words."""
-    words = [position for position, query in enumerate(queries) if query.match == "words"]
-    texts = {position: query.text for position, query in enumerate(queries) if query.text is not None}
-    texts = {position: text for position, text in texts.items() if position not in words}
+    """Return one vector per query, in order: (Q, P). Queries that only match words get zeros."""
+    words: list[int] = []
+    texts: dict[int, str] = {}
+    rows: dict[int, int] = {}
     items: dict[Modality, dict[int, ItemLike]] = defaultdict(dict)
     for position, query in enumerate(queries):
-        if query.item is not None:
+        if query.match == "words":
+            words.append(position)
+        elif query.text is not None:
+            texts[position] = query.text
+        elif query.item is not None:
             modality, item = query.item
             items[modality][position] = item
-    rows = {position: query.row for position, query in enumerate(queries) if query.row is not None}
+        elif query.row is not None:
+            rows[position] = query.row
+
+    # Each encoder gets all of its queries in one batch.
     encoder = index.query_encoder
+    order = [*words, *texts]
     parts = [np.zeros((len(words), index.card.width), np.float32)]
     if texts:
-        parts.append(encoder.encode_texts([*texts.values()]))
-    for modality, of_modality in items.items():
-        parts.append(encoder.encode_items(modality, [(modality, item) for item in of_modality.values()]))
+        parts.append(encoder.encode_texts(list(texts.values())))
+    for modality, batch in items.items():
+        order += batch
+        parts.append(encoder.encode_items(modality, [(modality, item) for item in batch.values()]))
     if rows:
-        parts.append(encoder.read_rows([*rows.values()]))
-    in_files = [position for of_modality in items.values() for position in of_modality]
-    return np.concatenate(parts)[np.argsort([*words, *texts, *in_files, *rows])]
+        order += rows
+        parts.append(encoder.read_rows(list(rows.values())))
+
+    # The parts follow the kinds of queries; sorting by position restores the order of the queries.
+    return np.concatenate(parts)[np.argsort(order)]
 
 
 def _search(
     index: OpenIndex, vectors_QP: Floats | None, texts: Sequence[str] | None, k: int, keep: Filter
 ) -> Sequence[Sequence[Hit]]:
     """Search with vectors, with words if there are none, or with both."""
+    # A filter may leave no item at all.
     k = min(k, index.count(keep))
     if vectors_QP is None:
         return index.search_words(texts or [], k=k, condition=keep) if k else [[]] * len(texts or [])

@@ -1,4 +1,4 @@
-"""Selections of the items that visitors collect: downloaded, or written to the file that the operator named."""
+"""Selections of the items that visitors collect, to download or to write to the file that the operator named."""
 
 import logging
 import tempfile
@@ -44,7 +44,7 @@ class SelectionWriter:
             return path.read_bytes()
 
     def save(self, rows_K: Ints) -> tuple[str, int]:
-        """Write the selection of the samples of some items to `path`; return its name and the number of samples.
+        """Write the selection of the samples of some items to `path`. Return its name and the number of samples.
 
         Raises:
             UnknownNameError: there is no path.
@@ -52,10 +52,12 @@ class SelectionWriter:
         """
         if self.path is None:
             raise UnknownNameError("this server saves no selection; start it with --collect FILE, or download it")
+
         with self._lock:
             try:
                 return self.path.name, self._write(self.path, rows_K)
-            except (PathError, DiskFullError) as error:  # its message may contain folders of this machine
+            except (PathError, DiskFullError) as error:
+                # The message may contain folders of this machine.
                 log.warning("%s", error)
                 raise PathError(
                     f"{self.path.name} exists or cannot be written; download the selection, or restart the server "
@@ -69,6 +71,7 @@ class SelectionWriter:
             raise DataError(f"expected rows of collected items below {cache.num_rows(modality):,}, got others or none")
 
         samples = np.unique(self._index.hits.samples(rows_K))
+
         # Visitors do not see the folders of this machine: the cache is named without them, and by its digest.
         names = [cache.path.resolve().name]
         about = {"method": "collect", "modality": modality, "num_items": len(rows_K), "caches": names}

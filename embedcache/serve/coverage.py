@@ -30,11 +30,11 @@ _NUM_ITEMS = 24
 
 
 class ServedCoverage:
-    """Coverage of concepts by the indexed items. Answers change it, and are saved at once; it is thread-safe.
+    """Coverage of concepts by the indexed items. Answers change it and are saved immediately. It is thread-safe.
 
     Args:
         values: a report of `coverage_json`.
-        index: index of the same items; those removed from its cache are neither shown nor asked about.
+        index: index of the same items; items removed from its cache are neither shown nor asked about.
         path: file of the answers, read in place of the answers of the report if it exists.
 
     Raises:
@@ -43,71 +43,92 @@ class ServedCoverage:
     """
 
     def __init__(self, values: Mapping[str, Any], index: OpenIndex, path: Path) -> None:
-        self._index, self._path, self._lock = index, path, threading.Lock()
+        self._index = index
+        self._path = path
+        self._lock = threading.Lock()
         self._is_removed = index.cache.removed_items(index.card.modality)
-        self._least = int(values["min_count"])
+        self._min_count = int(values["min_count"])
         self._weights = np.array(values["strip_weights"], np.float64)
+
+        # Answers change the concepts, but not the caller's report.
         self._concepts: list[dict[str, Any]] = copy.deepcopy(values["concepts"])
         medians, spreads, reaches = np.array([concept["scale"] for concept in self._concepts], np.float64).T
         self._scale = Scale(medians=medians, spreads=spreads, reaches=reaches)
         self._nums_items = [int(part["items"]) for part in values["parts"]]
         self.summary = self._summarize(values)
+
         if path.is_file():
             self._answers = read_answers(path, index.cache, index.card.modality)
         else:
-            self._answers = {
-                str(concept["name"]): {int(row): bool(shows) for row, shows in concept["answers"].items()}
-                for concept in self._concepts
-            }
+            self._answers = {}
+            for concept in self._concepts:
+                # The keys of a JSON object are strings.
+                answers = {int(row): bool(shows) for row, shows in concept["answers"].items()}
+                self._answers[str(concept["name"])] = answers
         for number in range(len(self._concepts)):
             self._settle(number)
 
     def _summarize(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        names = ("name", "items", "covered", "gini")
+        """Return the fields of `CoverageOut` except the concepts."""
         warnings = list(values["warnings"])
         if not all(self._is_there(hit["row"]) for concept in self._concepts for hit in concept["nearest"]):
             warnings.append(
                 "measured before samples were removed from the cache: the counts include them, the items shown do not; "
                 "measure it again"
             )
+
+        parts = []
+        for part in values["parts"]:
+            fields = {name: part[name] for name in ("name", "items", "covered", "gini")}
+            parts.append({**fields, "gaps": len(part["gaps"])})
         return {
-            "texts": [str(text) for text in values["concepts_from"].get("texts", [])[:2]],
-            "min_count": self._least,
+            "texts": list(map(str, values["concepts_from"].get("texts", [])[:2])),
+            "min_count": self._min_count,
             "warnings": warnings,
-            "parts": [{name: part[name] for name in names} | {"gaps": len(part["gaps"])} for part in values["parts"]],
+            "parts": parts,
         }
 
     def concepts(self) -> list[dict[str, Any]]:
         """Return the fields of `ConceptOut` of each concept."""
-        return [self._describe(number) for number in range(len(self._concepts))]
+        return list(map(self._describe, range(len(self._concepts))))
 
     def concept(self, number: int) -> tuple[dict[str, Any], Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]]:
-        """Return the fields of `ConceptOut` of a concept, its most similar items, and those to be asked about.
+        """Return the fields of `ConceptOut` of a concept, its most similar items, and the items to ask about.
 
-        An item is a row and its cosine, and one to be asked about its answer, if any. Raises an `UnknownNameError`.
+        An item is a row and its cosine, and in the last list also its answer, if any. Raises an `UnknownNameError`.
         """
         if not 0 <= number < len(self._concepts):
             raise UnknownNameError(f"unknown concept {number}; GET /api/coverage lists the known ones")
         concept = self._concepts[number]
         answers = self._answers.get(concept["name"], {})
-        nearest, strip = ([hit for hit in concept[name] if self._is_there(hit["row"])] for name in ("nearest", "strip"))
-        return self._describe(number), nearest, [{**hit, "shows": answers.get(hit["row"])} for hit in strip]
+
+        # Samples may have been removed since the report was written.
+        nearest = [hit for hit in concept["nearest"] if self._is_there(hit["row"])]
+        strip = []
+        for hit in concept["strip"]:
+            if self._is_there(hit["row"]):
+                strip.append({**hit, "shows": answers.get(hit["row"])})
+        return self._describe(number), nearest, strip
 
     def answer(self, number: int, row: int, *, shows: bool | None) -> None:
         """Save whether an item shows a concept, or forget the answer if `shows` is None, and settle the concept.
 
-        Raises an `UnknownNameError` if the item is none that is asked about.
+        Raises an `UnknownNameError` if the page does not ask about the item.
         """
         _, _, strip = self.concept(number)
         if row not in {hit["row"] for hit in strip}:
             raise UnknownNameError(f"unknown item {row}; GET /api/coverage/{number} lists those that are asked about")
+
         with self._lock:
-            answers = dict(self._answers.get(self._concepts[number]["name"], {}))
+            name = self._concepts[number]["name"]
+            answers = dict(self._answers.get(name, {}))
             if shows is None:
                 answers.pop(row, None)
             else:
                 answers[row] = shows
-            changed = {**self._answers, self._concepts[number]["name"]: answers}
+
+            # Readers take no lock, so the answers are replaced as a whole, and only once they are on disk.
+            changed = {**self._answers, name: answers}
             write_answers(self._path, changed, self._index.cache, self._index.card.modality)
             self._answers = changed
             self._settle(number)
@@ -116,39 +137,49 @@ class ServedCoverage:
         return 0 <= row < len(self._is_removed) and not self._is_removed[row]
 
     def _describe(self, number: int) -> dict[str, Any]:
+        """Return the fields of `ConceptOut` of a concept."""
         concept = self._concepts[number]
-        names = ("count", "low", "high", "best", "certain")
-        parts = [{name: part[name] for name in names} for part in _parts(concept)]
-        high = parts[-1]["high"]
+        counts = []
+        for part in _parts(concept):
+            counts.append({name: part[name] for name in ("count", "low", "high", "best", "certain")})
+
+        # The last part is the selection, if there is one: its gaps are of interest.
+        high = counts[-1]["high"]
         return {
             "number": number,
             "name": str(concept["name"]),
-            "counts": parts,
+            "counts": counts,
             "threshold": float(concept["threshold"]),
-            "is_gap": high is not None and high < self._least,
+            "is_gap": high is not None and high < self._min_count,
             "num_answers": len(self._answers.get(concept["name"], {})),
         }
 
     def _settle(self, number: int) -> None:
-        """Set the counts and the threshold of a concept to those that its answers give, or to those without answers."""
-        concept, answers = self._concepts[number], self._answers.get(self._concepts[number]["name"], {})
-        strip = {hit["row"]: hit["cosine"] for hit in concept["strip"]}
-        asked = [row for row in answers if row in strip]
-        if not asked:
+        """Set the counts and the threshold of a concept by its answers, or as measured if it has none."""
+        concept = self._concepts[number]
+        answers = self._answers.get(concept["name"], {})
+        cosines = {hit["row"]: hit["cosine"] for hit in concept["strip"]}
+        answered_rows = [row for row in answers if row in cosines]
+        if not answered_rows:
             concept["threshold"] = float(self._scale.cosines(COUNTED)[number])
             for part in _parts(concept):
-                told = map(round, part["prior"]) if self._scale.separates[number] else (None, None, None)
-                part |= dict(zip(("count", "low", "high"), told, strict=True))
+                # Without a gap between background and best items, the scores cannot tell a number.
+                counts = map(round, part["prior"]) if self._scale.separates[number] else (None, None, None)
+                part |= dict(zip(("count", "low", "high"), counts, strict=True))
             return
+
         settled = settle(
             concept["prior"],
-            self._scale.scores(number, np.array(list(strip.values()))),
+            self._scale.scores(number, np.array(list(cosines.values()))),
             self._weights,
-            self._scale.scores(number, np.array([strip[row] for row in asked])),
-            [answers[row] for row in asked],
+            self._scale.scores(number, np.array(list(map(cosines.__getitem__, answered_rows)))),
+            list(map(answers.__getitem__, answered_rows)),
         )
+
+        # The most similar item always counts.
         concept["threshold"] = min(float(self._scale.cosines(settled.cut)[number]), concept["nearest"][0]["cosine"])
         for part, num_items in zip(_parts(concept), self._nums_items, strict=True):
+            # Answers are about the pool; the counts of a selection change in proportion.
             ratio = part["prior"][0] / concept["prior"][0]
             for name in ("count", "low", "high"):
                 part[name] = min(round(ratio * getattr(settled, name)), num_items)
@@ -160,7 +191,7 @@ def _parts(concept: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def read_coverage(path: Path, index: OpenIndex) -> ServedCoverage:
-    """Read a report of `embedcache curate coverage --output`, with the answers that are saved beside it.
+    """Read a report of `embedcache curate coverage --output`, with the answers that are saved next to it.
 
     Raises:
         PathError: the file does not exist.
@@ -173,9 +204,10 @@ def read_coverage(path: Path, index: OpenIndex) -> ServedCoverage:
             f"expected a report, got {path}, which does not exist; write it with: "
             f"embedcache curate coverage CACHE CONCEPTS --output {quoted(path)}"
         )
+
     values = read_report_json(path)
-    pool = construct(path, lambda: {name: str(values["pool"][name]) for name in ("index_digest", "modality")})
-    index_digest, modality = pool.values()
+    index_digest = construct(path, lambda: str(values["pool"]["index_digest"]))
+    modality = construct(path, lambda: str(values["pool"]["modality"]))
     if not index.cache.info.has_rows_of(index_digest):
         raise FingerprintError(f"{path}: expected samples of {index.cache.path}, got other samples; measure it again")
     if modality != index.card.modality:
@@ -188,7 +220,7 @@ def read_coverage(path: Path, index: OpenIndex) -> ServedCoverage:
 def measure_served_coverage(
     concepts_path: Path | str, index: OpenIndex, progress: Progress, *, settings: CoverageSettings | None = None
 ) -> ServedCoverage:
-    """Measure coverage in the index's space; see `measure_coverage`. Answers are saved beside the index."""
+    """Measure coverage in the index's space; see `measure_coverage`. Answers are saved next to the index."""
     settings = settings or CoverageSettings(k=min(_NUM_ITEMS, index.card.num_vectors), label=index.label)
     space = {"modality": index.card.modality, "feature": index.card.feature, "run": index.run_path}
     report = measure_coverage(index.cache.path, concepts_path, replace_flat(settings, space), progress=progress)

@@ -38,24 +38,26 @@ _HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
 }
-"""Headers that every response has, also those to requests that never reach the app."""
+"""Headers of every response, also to requests that never reach the app."""
 
 
 class RequestGuard:
     """Checks each request before the app sees it, and adds headers to each response.
 
-    The token, if any, is sent as a cookie or as `Authorization: Bearer`; the port is part of the cookie's name, because
+    The token, if any, is sent as a cookie or as `Authorization: Bearer`. The port is part of the cookie's name, because
     cookies are shared by all ports.
     """
 
     def __init__(self, app: ASGIApp, settings: ServeSettings, *, token: str | None, port: int) -> None:
-        self._app, self._settings, self._token = app, settings, token
+        self._app = app
+        self._settings = settings
+        self._token = token
         self._cookie = f"embedcache-{port}"
         self._names = {"localhost", socket.gethostname().lower(), settings.host.lower()}
-        self._names |= {name.lower() for name in settings.names}
+        self._names.update(map(str.lower, settings.names))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request; anything but HTTP and lifespan events is dropped."""
+        """Serve one request. Anything but HTTP and lifespan events is dropped."""
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
         elif scope["type"] == "http":
@@ -90,6 +92,7 @@ class RequestGuard:
         except Exception:
             log.exception("%s %s failed", scope["method"], scope["path"])
             error = _error(500, BUG)
+        # A response that has begun cannot be replaced by another one.
         if not has_begun:
             await error(scope, receive, send_guarded)
 
@@ -105,13 +108,15 @@ class RequestGuard:
         return None if self._token is None else self._token_rejection(scope, headers, self._token)
 
     def _token_rejection(self, scope: Scope, headers: Headers, token: str) -> Response | None:
-        """Return an error without the token; the link with the token sets a cookie and redirects to the page."""
+        """Return an error without the token. The link with the token sets a cookie and redirects to the page."""
         if scope["path"] == "/" and scope["method"] == "GET":
-            given = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]
-            if _is_same(given, token):
+            link_token = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]
+            if _is_same(link_token, token):
+                # The redirect takes the token out of the address bar, and so out of bookmarks and screenshots.
                 response = RedirectResponse("/", status_code=303)
                 response.set_cookie(self._cookie, token, httponly=True, samesite="lax", path="/")
                 return response
+
         scheme, _, bearer = headers.get("authorization", "").partition(" ")
         cookie = cookie_parser(headers.get("cookie", "")).get(self._cookie, "")
         if _is_same(cookie, token) or (scheme.lower() == "bearer" and _is_same(bearer.strip(), token)):
@@ -123,7 +128,7 @@ class RequestGuard:
         )
 
     def _is_own_name(self, host: str) -> bool:
-        """Return whether a Host header names this server; foreign names are rejected against DNS rebinding."""
+        """Return whether a Host header names this server. Other names are rejected against DNS rebinding."""
         name = _host_name(host)
         return name in self._names or parse_address(name) is not None
 
@@ -150,14 +155,16 @@ def _limited(receive: Receive, limit: int) -> Receive:
 
 
 def _is_cross_site(headers: Headers, host: str) -> bool:
-    """Return whether a page of another site sent a request; following a link to this server is allowed."""
+    """Return whether a page of another site sent a request. Following a link to this server is allowed."""
     origin = headers.get("origin")
     try:
         if origin is not None and urlsplit(origin).netloc != host:
             return True
     except ValueError:  # an origin such as http://[
         return True
-    site, mode = headers.get("sec-fetch-site", "none"), headers.get("sec-fetch-mode", "")
+
+    site = headers.get("sec-fetch-site", "none")
+    mode = headers.get("sec-fetch-mode", "")
     return site not in ("none", "same-origin") and mode != "navigate"
 
 
@@ -167,8 +174,9 @@ def _host_name(host: str) -> str:
     return (name if colon and port.isdigit() else host).strip("[]").lower()
 
 
-def _is_same(given: str, token: str) -> bool:
-    return hmac.compare_digest(given.encode(), token.encode())
+def _is_same(candidate: str, token: str) -> bool:
+    # The time of the comparison must not tell how many characters are right.
+    return hmac.compare_digest(candidate.encode(), token.encode())
 
 
 def _error(status: int, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:

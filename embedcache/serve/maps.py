@@ -38,24 +38,28 @@ class ServedMap:
     """
 
     def __init__(self, index: OpenIndex, concepts: str | None = None) -> None:
-        self._index, self._settings = index, MapSettings(projection="pca", concepts=concepts, device=index.device)
+        self._index = index
+        self._settings = MapSettings(projection="pca", concepts=concepts, device=index.device)
         self.found = _NO_MAP
         self._stopped = threading.Event()
         self.state: MapState = "computing"
         self.reason = ""
 
     def load(self) -> None:
-        """Read the map, or compute and store it. Does not raise: the page works without a map."""
+        """Read the map, or compute and store it. Does not raise, because the page works without a map."""
         if self.state == "ready":
             return
+
         try:
             self.found = read_map(self._index) or self._compute()
             self.state = "ready"
         except _StoppedError:
             return
-        except Exception as error:  # a bug too: the page says that there is no map, and goes on
+        except Exception as error:
+            # Also after a bug, the page says that there is no map, and goes on.
             log.warning("the map: %s", error, exc_info=not isinstance(error, EmbedcacheError))
-            self.state, self.reason = "unavailable", "the map cannot be computed; the reason is in the server's log"
+            self.state = "unavailable"
+            self.reason = "the map cannot be computed; the reason is in the server's log"
 
     def stop(self) -> None:
         """Stop `load` at its next step."""
@@ -66,13 +70,15 @@ class ServedMap:
         computed = compute_map(self._index, self._settings, progress=progress)
         try:
             write_map(self._index, computed)
-        except (EmbedcacheError, OSError) as error:  # a folder of others, or read-only: it is computed at each start
+        except (EmbedcacheError, OSError) as error:
+            # The folder is another user's or read-only. The map is then computed at each start.
             log.info("the map is not stored: %s", error)
         return computed
 
     @cached_property
     def _points(self) -> bytes:
         xs, ys = (np.rint(self.found.points * _LEVELS)).astype("<u2").T
+        # The page makes a typed array of each column without copying.
         columns = (self.found.rows.astype("<u4"), xs, ys, self.found.clusters_N.astype("<u2"))
         return b"".join(np.ascontiguousarray(column).tobytes() for column in columns)
 
@@ -91,8 +97,8 @@ class ServedMap:
 
     def questions(self) -> list[str]:
         """Return captions of items near the centers of some clusters, as examples of a query."""
-        questions = [cluster.question for cluster in self.found.clusters if cluster.question]
-        return list(dict.fromkeys(questions))[:_QUESTIONS]
+        questions = dict.fromkeys(cluster.question for cluster in self.found.clusters if cluster.question)
+        return list(questions)[:_QUESTIONS]
 
     def cluster(self, number: int) -> Cluster:
         """Return a cluster, or raise an UnknownNameError."""

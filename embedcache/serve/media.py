@@ -1,7 +1,4 @@
-"""Media: images, recordings and videos of a cache as a browser shows and plays them, and images that visitors send.
-
-Both are decoded a few at a time.
-"""
+"""Media of a cache as a browser shows and plays them, and files that visitors send. Both are decoded a few at a time."""
 
 import asyncio
 import re
@@ -36,36 +33,43 @@ _NUM_DECODERS = 2
 
 
 class ServedItems:
-    """Items of one modality of a possibly untrusted cache; arguments and errors are those of `Thumbnails`.
+    """Items of one modality of a possibly untrusted cache. Arguments and errors are those of `Thumbnails`.
 
     `image` and `thumbnail` return the image of the item in a row as a WebP file, and `play` the recording or video as a
-    file to play; all are thread-safe. Images and recordings are decoded and encoded again, so no byte of a source's
-    file reaches a browser; a video is sent as it is stored.
+    file to play. All are thread-safe. Images and recordings are decoded and encoded again, so no byte of a source's
+    file reaches a browser. A video is sent as it is stored.
     """
 
     def __init__(self, cache: Cache, modality: str) -> None:
-        self.num_items, self.is_played = cache.info.num_items.get(modality, 0), modality in PLAYED
+        self.num_items = cache.info.num_items.get(modality, 0)
+        self.is_played = modality in PLAYED
         thumbnails = Thumbnails(cache, modality)
         self.places = thumbnails.places
         self.thumbnail = lru_cache(maxsize=_NUM_CACHED_THUMBNAILS)(partial(thumbnails.webp, size_px=_THUMBNAIL_PX))
         self.image = partial(thumbnails.webp, size_px=_IMAGE_PX)
+
+        # A player sends many requests for parts of one file.
         self.play = lru_cache(maxsize=_NUM_CACHED_FILES)(partial(thumbnails.play, max_bytes=_MAX_FILE_BYTES))
 
 
 def respond_with_part(file: PlayedFile, part: str | None) -> Response:
-    """Return the part of a file that a player asks for with the header `Range`, at most 1 MiB; without it, all.
+    """Return the part of a file that a player asks for with the header `Range`, at most 1 MiB. Without it, return all.
 
-    A player that gets less than it asked for, or jumps to another time, sends the next request. What is no range of one
-    part counts as no header, as HTTP allows; the whole file is then sent as fast as it is received.
+    A player that gets less than it asked for, or jumps to another time, sends the next request. A header that is not a
+    range of one part counts as no header, as HTTP allows. The whole file is then sent as fast as it is received.
     """
-    match, size = _RANGE.fullmatch(part or ""), len(file.data)
+    match = _RANGE.fullmatch(part or "")
+    size = len(file.data)
     headers = {**KEPT, "Accept-Ranges": "bytes"}
     if match is None:
-        length = {"Content-Length": str(size)}
-        return StreamingResponse(_parts(file.data), media_type=file.media_type, headers={**headers, **length})
-    first, last = int(match[1]), int(match[2] or size)
+        headers["Content-Length"] = str(size)
+        return StreamingResponse(_parts(file.data), media_type=file.media_type, headers=headers)
+
+    first = int(match[1])
+    last = int(match[2] or size)
     if first >= size or last < first:
         return Response(status_code=416, headers={**headers, "Content-Range": f"bytes */{size}"})
+
     stop = min(last + 1, first + _MAX_PART_BYTES, size)
     headers["Content-Range"] = f"bytes {first}-{stop - 1}/{size}"
     return Response(file.data[first:stop], 206, media_type=file.media_type, headers=headers)
@@ -81,10 +85,11 @@ class Decoders:
 
     def __init__(self) -> None:
         self._turn = asyncio.Semaphore(_NUM_DECODERS)
-        self.queries = asyncio.Semaphore(_NUM_DECODERS)  # decoded items that wait for their search
+        # Decoded items that wait for their search also take memory.
+        self.queries = asyncio.Semaphore(_NUM_DECODERS)
 
     async def run(self, call: Callable[..., _T], *arguments: Any) -> _T:
-        """Return the result of a call on a thread; it ends early, as `check_cancelled` says, if this does."""
+        """Return the result of a call on a thread. If this is cancelled, the call ends early; see `check_cancelled`."""
         is_over = threading.Event()
 
         def run() -> _T:
@@ -102,14 +107,16 @@ class Decoders:
 async def receive_item(
     parts: AsyncIterator[bytes], decoders: Decoders, decode: Callable[[bytes], _T]
 ) -> AsyncIterator[_T]:
-    """Receive a file and decode it; `ItemError` if the bytes are not one of its modality.
+    """Receive a file and decode it. Raise `ItemError` if the bytes are not one of its modality.
 
-    An item is decoded only once all of its bytes have arrived, and what has arrived waits on disk: a slow sender holds
-    up nobody, and takes 1 MiB of memory.
+    An item is decoded only once all of its bytes have arrived, and until then they wait on disk. A slow sender thus
+    holds up nobody, and needs 1 MiB of memory.
     """
     with tempfile.SpooledTemporaryFile(max_size=_MAX_PART_BYTES) as file:
         async for part in parts:
             file.write(part)
         file.seek(0)
+
+        # Entered after the last byte, so that a slow sender takes no turn.
         async with decoders.queries:
             yield await decoders.run(lambda: decode(file.read()))

@@ -45,11 +45,13 @@ def serve(
     with bind(settings) as bound:
         port = bound.getsockname()[1]
         service = open_service(paths, settings, device=device, progress=progress)
+
         # Other users of this machine can connect as well, so a server that writes a file requires a token.
         is_open = settings.is_local and paths.collect is None
         token = settings.token or (None if is_open else secrets.token_urlsafe(_TOKEN_BYTES))
         for line in _lines(service, settings, token, port):
             print_line(line)
+
         app = RequestGuard(make_app(service), settings, token=token, port=port)
         freeze_objects()
         uvicorn.Server(config(app)).run(sockets=[bound])
@@ -66,14 +68,17 @@ def freeze_objects() -> None:
 
 
 def bind(settings: ServeSettings) -> socket.socket:
-    """Bind the port, before the index is read, so that a port in use fails at once."""
+    """Bind the port, before the index is read, so that a port in use fails immediately."""
+    # asyncio sets TCP_NODELAY only for a socket whose protocol is given.
     address = parse_address(settings.host)
     family = socket.AF_INET6 if address is not None and address.version == 6 else socket.AF_INET
-    bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # asyncio sets TCP_NODELAY for this only
+    bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+
+    # An address is bound without brackets. Listening here makes a second server on this port fail now.
     try:
-        bound.bind((settings.host if address is None else str(address), settings.port))  # without brackets
-        bound.listen(128)  # here, so that a second server on this port fails now
+        bound.bind((settings.host if address is None else str(address), settings.port))
+        bound.listen(128)
     except OSError as error:
         bound.close()
         if error.errno == errno.EADDRINUSE:
@@ -88,7 +93,7 @@ def bind(settings: ServeSettings) -> socket.socket:
 
 
 def config(app: Any) -> uvicorn.Config:
-    """Return the configuration of uvicorn: no access log, which would hold tokens; a limit of idle time."""
+    """Return the configuration of uvicorn, without an access log, which would contain tokens."""
     return uvicorn.Config(
         app,
         http=WaitingProtocol,
@@ -105,7 +110,7 @@ def config(app: Any) -> uvicorn.Config:
 
 
 class WaitingProtocol(H11Protocol):
-    """HTTP/1.1 that closes a connection on which no request begins for 15 s; uvicorn waits for the first for ever."""
+    """HTTP/1.1 that closes a connection on which no request begins for 15 s. uvicorn alone waits forever."""
 
     _waiting_since_s = 0.0
 
@@ -124,28 +129,33 @@ class WaitingProtocol(H11Protocol):
         self.loop.call_later(_IDLE_S, self._close_if_idle)
 
     def _close_if_idle(self) -> None:
-        """Close if no request began meanwhile; a request being answered has its own time limit."""
+        """Close if no request began meanwhile. A request that is being answered has a separate time limit."""
         is_idle = self.cycle is None or self.cycle.response_complete
         if is_idle and self.loop.time() - self._waiting_since_s >= _IDLE_S:
             self.transport.close()
 
 
 def _lines(service: SearchService, settings: ServeSettings, token: str | None, port: int) -> list[str]:
-    card, rejection = service.index.card, service.rejected_queries.get("text")
+    """Return lines about the index and its items, and the link to open."""
+    card = service.index.card
     lines = [f"{count_items(card.num_vectors, card.modality)} of {card.feature}, {card.factory}"]
+    rejection = service.rejected_queries.get("text")
     if rejection is not None:
         lines.append(f"texts are not accepted: {rejection}")
     places = next((served.places for served in service.shown.values()), ())
     if places:
         lines.append(f"{' and '.join(map(noun, service.shown))} are read from {', '.join(places)}")
+
+    # A browser cannot open the address that binds all addresses.
     address = parse_address(settings.host)
     if address is None:
         host = settings.host
-    elif address.is_unspecified:  # all addresses are bound
+    elif address.is_unspecified:
         host = socket.gethostname()
     else:
         host = f"[{address}]" if address.version == 6 else str(address)
     lines.append(f"open http://{host}:{port}/" + (f"?token={token}" if token else ""))
+
     if token:
         saved = service.collected.path
         actions = "search here" if saved is None else f"search here and write {saved}"

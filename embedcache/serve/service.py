@@ -28,17 +28,17 @@ from embedcache.store.layout import SAMPLES
 log = logging.getLogger("embedcache.serve")
 
 _NO_FILTER = Filter()
-_FILTER_TIMEOUT_S = 5.0  # for a visitor's condition, as all queries wait for it
+# All queries wait while a visitor's condition is evaluated.
+_FILTER_TIMEOUT_S = 5.0
 
 
 class SearchService:
     """An index with its encoders, images, filters, map and coverage.
 
-    Only a missing map, answers about coverage and the file of collected items, if one is named, are written.
+    It writes a missing map, answers about coverage, and the file of collected items if there is one.
 
-    Everything that a first request needs is loaded here, except keys and captions: those of the rows that are shown
-    are read for each request, until `load` has read all. Visitors may filter by selections, each named by its file's
-    stem.
+    Everything that a first request needs is loaded here, except keys and captions. Each request reads them for the rows
+    that it shows, until `load` has read all. Visitors may filter by selections, each named by its file's stem.
 
     Raises:
         SettingError: two selections have the same name.
@@ -57,36 +57,33 @@ class SearchService:
         concepts: str | None = None,
         collect: Path | None = None,
     ) -> None:
-        self.index, self.settings, self.coverage = index, settings, coverage
+        self.index = index
+        self.settings = settings
+        self.coverage = coverage
         self.collected = SelectionWriter(index, collect)
         self.map = ServedMap(index, concepts)
+
         self.rejected_queries = _open_encoders(index)
         self.accepted_queries = [modality for modality in _QUERIES if modality not in self.rejected_queries]
         self.matches: list[Match] = ["vectors"] if "text" in self.accepted_queries else []
         if index.cache.num_rows("text"):
             self.matches += ["words", "both"] if self.matches else ["words"]
+
         self.selections = {path.stem: path for path in selections}
         if len(self.selections) < len(selections):
             raise SettingError("selections: expected different file names, got the same name twice; rename one of them")
-        counts = {name: index.values(name) for name in ("split", "label", "language")}
-        num_items = index.count(Filter())  # a filter that leaves nothing out is not offered
-        self.values = {
-            name: values
-            for name, values in counts.items()
-            if len(values) > 1 or any(num < num_items for num in values.values())
-        }
-        self.shown, self.missing_images = _open_items(index)
-        self.images = self.shown.get("image")
-        self._players = {
-            name: RowReader(index.cache, name, ["sample", "start_s", "stop_s"])
-            for name in ([index.card.modality] if index.card.modality in PLAYED else PLAYED)
-            if name in self.shown
-        }
-        self._samples = RowReader(index.cache, SAMPLES)
-        self._images = RowReader(index.cache, "image", ["sample"])
         for path in self.selections.values():
             index.filters.mask(Filter(selection=path))
-        index.query_encoder.indexed.rows  # noqa: B018  # reads which items are in the index
+
+        self.values = _offered_values(index)
+        self.shown, self.missing_images = _open_items(index)
+        self.images = self.shown.get("image")
+        self._players = _open_players(index, self.shown)
+        self._samples = RowReader(index.cache, SAMPLES)
+        self._images = RowReader(index.cache, "image", ["sample"])
+
+        # The first request would otherwise wait until it is known which items are in the index.
+        index.query_encoder.indexed.rows  # noqa: B018
 
     def load(self) -> None:
         """Read the keys and captions of all items, so that answers from now on read no file for them."""
@@ -98,33 +95,36 @@ class SearchService:
                 players.load()
             if "words" in self.matches:
                 self.index.load_words()
-        except EmbedcacheError as error:  # the answers that need these rows are errors too
+        except EmbedcacheError as error:
+            # The server goes on: only the answers that need these rows are errors.
             log.warning("%s", error)
 
     def filter(self, options: SearchOptions) -> Filter:
-        """Return a filter of the values that a visitor names, or raise an UnknownNameError."""
-        selection = () if options.selection is None else (options.selection,)
-        named = {
+        """Return a filter by the values of a request, or raise an UnknownNameError."""
+        requested = {
             "label": tuple(options.labels),
             "split": tuple(options.splits),
             "language": tuple(options.languages),
-            "selection": selection,
+            "selection": () if options.selection is None else (options.selection,),
         }
-        if not any(named.values()) and options.where is None:
+        if not any(requested.values()) and options.where is None:
             return _NO_FILTER
-        for name, values in named.items():
-            known = self.selections if name == "selection" else self.values.get(name, {})
+
+        for name, values in requested.items():
+            offered = self.selections if name == "selection" else self.values.get(name, {})
             for value in values:
-                if not known:
+                if not offered:
                     raise UnknownNameError(f"{name} {value!r}: this index has no {name} to filter by; leave it out")
-                if value not in known:
+                if value not in offered:
                     raise UnknownNameError(f"unknown {name} {value!r}; GET /api/info lists the known ones")
+
+        # Visitors know a selection by its name only. They never send a path.
         path = None if options.selection is None else self.selections[options.selection]
         return Filter(
             where=options.where,
-            label_value=named["label"],
-            part=named["split"],
-            language=named["language"],
+            label_value=requested["label"],
+            part=requested["split"],
+            language=requested["language"],
             selection=path,
         )
 
@@ -134,7 +134,7 @@ class SearchService:
         return self.index.cache.info.index_digest[:16]
 
     def check_match(self, request: SearchRequest) -> None:
-        """Raise a SettingError if the query of a request cannot be compared as it says."""
+        """Raise a SettingError if the index cannot compare the query of a request in the requested way."""
         if request.text is None and request.match != "vectors":
             raise SettingError(f"match: expected a text to match {request.match}, got another query")
         if request.text is not None and request.match not in self.matches:
@@ -182,33 +182,38 @@ class SearchService:
     def hits(self, hits: Sequence[Hit]) -> list[dict[str, Any]]:
         """Return the fields of `HitOut` for each hit."""
         rows = np.array([hit.row for hit in hits], np.int64)
-        return [
-            {**asdict(hit), "path": _public_path(hit.path), "name": hit.name, "image": image, "player": player}
-            for hit, image, player in zip(hits, self._image_rows(rows), self._player_rows(rows), strict=True)
-        ]
+        fields = []
+        for hit, image, player in zip(hits, self._image_rows(rows), self._player_rows(rows), strict=True):
+            path = _public_path(hit.path)
+            fields.append({**asdict(hit), "path": path, "name": hit.name, "image": image, "player": player})
+        return fields
 
     def items(self, rows_K: Ints) -> list[dict[str, Any]]:
         """Return the fields of `HitOut` for the items in some rows, which no query found."""
-        found = self.index.hits.read(np.zeros(len(rows_K), np.float32), rows_K)
-        return [{**hit, "score": None} for hit in self.hits(found)]
+        hits = self.hits(self.index.hits.read(np.zeros(len(rows_K), np.float32), rows_K))
+        for hit in hits:
+            hit["score"] = None
+        return hits
 
     def opening(self) -> dict[str, Any]:
         """Return the fields of `OpeningOut`."""
-        state = self.map.state  # before what it says of the map, which may become ready meanwhile
+        # The state is read first: the map may become ready meanwhile, and must not be announced without its content.
+        state = self.map.state
         questions = self.map.questions() if "text" in self.accepted_queries else []
         hits = self.items(self.map.sample())
         return {"state": state, "reason": self.map.reason, "hits": hits, "questions": questions}
 
     def describe_map(self) -> dict[str, Any]:
         """Return the fields of `MapOut`."""
-        state = self.map.state  # before what it says of the map, which may become ready meanwhile
-        found = self.map.found
+        # Read first, as in `opening`.
+        state = self.map.state
+        index_map = self.map.found
         return {
             "state": state,
             "reason": self.map.reason,
-            "projection": found.projection,
-            "num_points": len(found.rows),
-            "clusters": [asdict(cluster) for cluster in found.clusters],
+            "projection": index_map.projection,
+            "num_points": len(index_map.rows),
+            "clusters": [asdict(cluster) for cluster in index_map.clusters],
         }
 
     def cluster(self, number: int) -> dict[str, Any]:
@@ -219,37 +224,42 @@ class SearchService:
     def row_of(self, key: str) -> int:
         """Return the row of the first indexed item of a sample, or raise an UnknownNameError.
 
-        Reads blocks of keys until it is found, unless all were loaded.
+        Unless all keys were loaded, blocks of keys are read until it is found.
         """
         sample = self.index.hits.find_key(key)
         if sample >= 0:
             (start,), (count,) = self.index.hits.find(np.array([sample]))
-            row = next((row for row in range(start, start + count) if self.index.query_encoder.has_row(row)), None)
-            if row is not None:
-                return row
+            for row in range(start, start + count):
+                # An item that failed has a row, but no vector in the index.
+                if self.index.query_encoder.has_row(row):
+                    return row
         raise UnknownNameError(f"this index has no item of the sample {key!r}")
 
     def _image_rows(self, rows_K: Ints) -> list[int | None]:
-        """Return the row of the image to show for each item; of a caption, its sample's first image; None if none."""
+        """Return the row of the image to show for each item. A caption shows the first image of its sample, if any."""
         if self.images is None:
             return [None] * len(rows_K)
         if not self._shows_images_of_captions:
             return list(rows_K.tolist())
+
         starts, counts = self._images.find(self.index.hits.samples(rows_K))
         return [start if count else None for start, count in zip(starts.tolist(), counts.tolist(), strict=True)]
 
     def _player_rows(self, rows_K: Ints) -> list[dict[str, Any] | None]:
-        """Return the fields of `PlayerOut` for each item: of itself, or of the first item of its sample to play."""
-        found: list[dict[str, Any] | None] = [None] * len(rows_K)
-        for modality, players in self._players.items():
-            starts_K, counts_K = rows_K, np.ones(len(rows_K), np.int64)
+        """Return the fields of `PlayerOut` for each item, of itself or of the first item of its sample to play."""
+        players: list[dict[str, Any] | None] = [None] * len(rows_K)
+        for modality, reader in self._players.items():
+            starts_K = rows_K
+            counts_K = np.ones(len(rows_K), np.int64)
             if modality != self.index.card.modality:
-                starts_K, counts_K = players.find(self.index.hits.samples(rows_K))
-            places = [place for place in np.flatnonzero(counts_K).tolist() if found[place] is None]
-            intervals = players.take(starts_K[places]).drop_columns("sample").to_pylist()
+                starts_K, counts_K = reader.find(self.index.hits.samples(rows_K))
+
+            # A video, which comes first, is preferred to a recording of the same sample.
+            places = [place for place in np.flatnonzero(counts_K).tolist() if players[place] is None]
+            intervals = reader.take(starts_K[places]).drop_columns("sample").to_pylist()
             for place, interval in zip(places, intervals, strict=True):
-                found[place] = {"modality": modality, "row": int(starts_K[place]), **interval}
-        return found
+                players[place] = {"modality": modality, "row": int(starts_K[place]), **interval}
+        return players
 
     @property
     def _shows_images_of_captions(self) -> bool:
@@ -260,19 +270,22 @@ class SearchService:
         if self.coverage is None:
             raise UnknownNameError(f"unknown concept {number}; there is no coverage")
         concept, nearest, strip = self.coverage.concept(number)
-        asked = [{**hit, "shows": one["shows"]} for hit, one in zip(self._read_hits(strip), strip, strict=True)]
-        return {**concept, "hits": self._read_hits(nearest), "strip": asked}
+        strip_hits = self._read_hits(strip)
+        for hit, item in zip(strip_hits, strip, strict=True):
+            hit["shows"] = item["shows"]
+        return {**concept, "hits": self._read_hits(nearest), "strip": strip_hits}
 
     def _read_hits(self, items: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        scores = np.clip([item["cosine"] for item in items], -1, 1)  # rounding exceeds 1
+        # Rounding lets a cosine exceed 1.
+        scores = np.clip([item["cosine"] for item in items], -1, 1)
         rows = np.array([item["row"] for item in items], np.int64)
         return self.hits(self.index.hits.read(scores, rows))
 
 
 def _public_path(path: str | None) -> str | None:
-    """Return the path of an item as visitors may see it: of a file outside of the source, only the name.
+    """Return the path of an item as visitors may see it. Only the name is returned for a file outside of the source.
 
-    Such a path shows folders of this machine, and a URL may contain credentials. Those of a merged cache follow the
+    Such a path shows folders of this machine, and a URL may contain credentials. In a merged cache, paths follow the
     number of their source.
     """
     if path is None or not (path.startswith("/") or "//" in path or ".." in path.split("/")):
@@ -307,6 +320,7 @@ def open_service(paths: ServePaths, settings: ServeSettings, *, device: str, pro
     """Open everything that is served; see `OpenIndex` and `SearchService` for the errors."""
     if paths.coverage is not None and paths.concepts is not None:
         raise SettingError("coverage: expected --coverage or --concepts, got both; omit one of them")
+
     index = OpenIndex(
         paths.index,
         run=paths.run,
@@ -320,6 +334,7 @@ def open_service(paths: ServePaths, settings: ServeSettings, *, device: str, pro
         coverage = read_coverage(paths.coverage, index)
     elif paths.concepts is not None:
         coverage = measure_served_coverage(paths.concepts, index, progress)
+
     return SearchService(
         index,
         settings,
@@ -331,19 +346,42 @@ def open_service(paths: ServePaths, settings: ServeSettings, *, device: str, pro
 
 
 def _open_encoders(index: OpenIndex) -> dict[str, str]:
-    """Open the encoders of queries; return those that are not accepted, each with the reason."""
+    """Open the encoders of queries. Return the modalities that are not accepted, each with the reason."""
     rejections: dict[str, str] = {}
     for modality in _QUERIES:
         rejection = index.query_encoder.rejection(modality)
         if rejection is None:
             try:
                 index.query_encoder.encoder(modality)
-            except (MissingExtraError, PathError) as error:  # the server works without it
+            except (MissingExtraError, PathError) as error:
+                # The server works without it. The error may contain a path of this machine.
                 log.warning("%s queries: %s", modality, error)
                 rejection = "its encoder cannot be opened; the reason is in the server's log"
         if rejection is not None:
             rejections[modality] = rejection
     return rejections
+
+
+def _offered_values(index: OpenIndex) -> dict[str, dict[str, int]]:
+    """Return the values of splits, labels and languages that visitors may filter by, and the number of their items."""
+    num_items = index.count(Filter())
+    offered = {}
+    for name in ("split", "label", "language"):
+        # A filter that leaves nothing out is not offered.
+        counts = index.values(name)
+        if len(counts) > 1 or any(count < num_items for count in counts.values()):
+            offered[name] = counts
+    return offered
+
+
+def _open_players(index: OpenIndex, shown: Mapping[str, ServedItems]) -> dict[str, RowReader]:
+    """Open the intervals of items to play: of the index's own items, else of other items of their samples."""
+    modalities = [index.card.modality] if index.card.modality in PLAYED else PLAYED
+    players = {}
+    for name in modalities:
+        if name in shown:
+            players[name] = RowReader(index.cache, name, ["sample", "start_s", "stop_s"])
+    return players
 
 
 def _open_items(index: OpenIndex) -> tuple[dict[str, ServedItems], str | None]:
@@ -360,15 +398,18 @@ def _open_items(index: OpenIndex) -> tuple[dict[str, ServedItems], str | None]:
 InfoTable: TypeAlias = dict[str, Any]
 """`title`, and `rows`: pairs of a name and a text."""
 
-_NOT_SHOWN = ("cache", "run", "fingerprint", "files")  # of the card
+# Fields of the card that contain paths, or say nothing to a visitor.
+_NOT_SHOWN = ("cache", "run", "fingerprint", "files")
 
 
 def info_tables(index: OpenIndex) -> list[InfoTable]:
-    """Return tables that describe an index, the run that projected it, and its cache; they contain no paths."""
-    info = index.cache.info
+    """Return tables that describe an index, the run that projected it, and its cache. They contain no paths."""
+    card = index.card.to_json()
+    for name in _NOT_SHOWN:
+        card.pop(name, None)
+    tables: dict[str, dict[str, Any]] = {"Index": card}
+
     run = index.query_encoder.run
-    card = {name: value for name, value in index.card.to_json().items() if name not in _NOT_SHOWN}
-    tables = {"Index": card}
     if run is not None:
         inputs = {f"{modality} feature": f"{side.feature} of {side.spec}" for modality, side in run.info.inputs.items()}
         tables["Run"] = {
@@ -379,6 +420,8 @@ def info_tables(index: OpenIndex) -> list[InfoTable]:
             "weights": run.info.weights,
             **run.info.report,
         }
+
+    info = index.cache.info
     tables["Cache"] = {
         "name": index.cache.path.resolve().name,
         "source": info.source.get("type"),
@@ -391,15 +434,16 @@ def info_tables(index: OpenIndex) -> list[InfoTable]:
 
 
 def _flat(prefix: str, values: Mapping[str, Any]) -> list[list[str]]:
-    """Return nested values as pairs of a name and a text; the name of an inner value follows that of the outer one."""
+    """Return nested values as pairs of a name and a text. The name of an inner value follows the outer name."""
     rows = []
     for name, value in values.items():
         title = f"{prefix}{name}".replace("_", " ")
         if isinstance(value, Mapping):
             rows += _flat(f"{title}: ", value)
+        elif isinstance(value, float):
+            rows.append([title, f"{value:.4g}"])
+        elif isinstance(value, int):
+            rows.append([title, f"{value:,}"])
         elif value is not None:
-            text = (
-                f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
-            )
-            rows.append([title, text])
+            rows.append([title, str(value)])
     return rows
