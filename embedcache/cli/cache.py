@@ -68,6 +68,7 @@ def verify(
     from embedcache.cli.console import open_progress
     from embedcache.reports.render import Presentation, present
 
+    # Only an index has a card.
     if (Path(cache) / "card.json").is_file():
         from embedcache.search.faiss_index import read_card, verify_index
 
@@ -79,6 +80,7 @@ def verify(
             lines=[f"{cache}: all bytes equal their checksums"],
             record=lambda: {"index": cache, "compared": sorted(card.files)},
         )
+
     from embedcache.extract.repair import verify_cache
 
     report = verify_cache(cache, settings, progress=open_progress())
@@ -131,14 +133,14 @@ def remove(
     from embedcache.reports.render import Presentation, to_plain
 
     names = read_selected_keys(keys).to_pylist()
-    report = (
-        remove_samples(cache, names, settings, progress=open_progress())
-        if yes
-        else plan_removal(cache, names, settings)
-    )
-    note = "nothing is removed; add --yes to remove this"
     if yes:
+        report = remove_samples(cache, names, settings, progress=open_progress())
         note = f"removed; {keys} still names the samples, as do backups, snapshots and copies of these files"
+    else:
+        report = plan_removal(cache, names, settings)
+        note = "nothing is removed; add --yes to remove this"
+
+    # A file that still names removed samples is a finding, so that a script notices it.
     return Presentation(
         lines=report.lines(),
         notes=[note],

@@ -36,7 +36,7 @@ OUTPUT_PANEL = "Output options"
 F = TypeVar("F", bound=Callable[..., Any])
 
 _URL = re.compile(r"((?:.*::)?(?:s3|s3a|gs|gcs|az|abfss?|adl|https?|hf|file|memory|s?ftp|hdfs|github)):/+(.*)")
-"""A URL as a path; a folder of such a name can be given by its absolute path."""
+"""A URL as a path. A folder of such a name can be given by its absolute path."""
 
 _ALIASES = {"--learning-rate": "--lr", "--wd": "--weight-decay", "--top-k": "-k"}
 _HELP_ALL = "help_all"
@@ -44,7 +44,7 @@ _HELP_ALL = "help_all"
 
 
 def check_new_file(context: typer.Context, path: Path | None) -> Path | None:
-    """Check, before the work, that an output can be written to a path; `--overwrite` is parsed before all outputs.
+    """Check that an output can be written to a path, before the work begins.
 
     Raises:
         PathError: the path is a folder, a link or, without `--overwrite`, an existing file.
@@ -53,6 +53,8 @@ def check_new_file(context: typer.Context, path: Path | None) -> Path | None:
 
     if path is None:
         return None
+
+    # `--overwrite` is eager, so it has been parsed before all outputs.
     with replacing_files(context.params["overwrite"]):
         check_output(path)
     return path
@@ -149,12 +151,14 @@ def setting_options(kind: type[Settings], skip: Sequence[str] = ()) -> list[insp
 def given_settings(
     context: typer.Context, values: dict[str, Any], kind: type[Settings], skip: Sequence[str]
 ) -> dict[str, Any]:
-    """Remove the options of a settings class from `values`; return the flat values of those that the user gave."""
+    """Remove the options of a settings class from `values`. Return the flat values of options that the user gave."""
     flat = {}
     for item in flat_settings(kind):
         if item.name in skip:
             continue
         value = values.pop(item.name)
+
+        # A default is left to the settings class, which may compute it from other values.
         source = context.get_parameter_source(item.name)
         if source is not None and source.name != "DEFAULT":
             flat[item.name] = _setting_value(item, value)
@@ -164,14 +168,17 @@ def given_settings(
 def _option(item: FlatSetting) -> inspect.Parameter:
     """Return the parameter of one setting, as typer reads it: a flag, or texts, which the settings class checks."""
     kind = _plain_type(item)
-    choices = [str(choice) for choice in get_args(kind)] if get_origin(kind) is Literal else []
-    metavar, help = item.metavar, item.help
+    choices = list(map(str, get_args(kind))) if get_origin(kind) is Literal else []
+    metavar = item.metavar
+    help = item.help
     if kind is bool:
         help = f"Do not {help[0].lower()}{help[1:]}" if item.default is True else help
     elif choices and len("|".join(choices)) <= _WIDEST_CHOICES:
         metavar = metavar or "|".join(choices)
     elif choices:
+        # A wide column of metavars would leave no room for the help.
         help = f"{help} One of: {', '.join(choices)}."
+
     is_list = get_origin(kind) in _LISTS
     element = get_args(kind)[0] if is_list else kind
     title = item.panel or (item.path[0] if len(item.path) > 1 else "")
@@ -183,6 +190,7 @@ def _option(item: FlatSetting) -> inspect.Parameter:
         rich_help_panel=f"{title.capitalize()} options" if title else None,
     )
 
+    # typer converts nothing but paths: values from a config and from the command line are then checked alike.
     word = Path if element is Path else str
     default = item.default
     annotation: Any = word | None
@@ -198,7 +206,7 @@ def _option(item: FlatSetting) -> inspect.Parameter:
 
 
 def _flags(item: FlatSetting, kind: Any) -> str:
-    """Return the option's name on the command line; a flag that is true by default is switched off by `--no-NAME`."""
+    """Return the option's name on the command line. A flag that is true by default is switched off by `--no-NAME`."""
     name = item.name.replace("_", "-")
     if len(name) == 1:
         return f"-{name}"
@@ -208,20 +216,23 @@ def _flags(item: FlatSetting, kind: Any) -> str:
 
 
 def _plain_type(item: FlatSetting) -> Any:
-    """Return the type of a setting without None; text if it is parsed."""
-    kinds = [kind for kind in get_args(item.type) if kind is not type(None)]
-    is_optional = len(kinds) < len(get_args(item.type))
-    return str if item.parse is not None else kinds[0] if is_optional else item.type
+    """Return the type of a setting without None. A setting that is parsed is a text."""
+    if item.parse is not None:
+        return str
+    alternatives = get_args(item.type)
+    kinds = [kind for kind in alternatives if kind is not type(None)]
+    return kinds[0] if len(kinds) < len(alternatives) else item.type
 
 
 def _setting_value(item: FlatSetting, value: Any) -> Any:
-    """Return an option's value as the setting holds it: elements of a list may be separated by commas."""
+    """Return an option's value as the setting stores it. Elements of a list may be separated by commas."""
     kind = _plain_type(item)
     if kind is bool:
         return not value if item.default is True else value
     if get_origin(kind) not in _LISTS:
         return _number(value, (kind,))
 
+    # The names of files, and some other texts, may contain commas.
     element = get_args(kind)[0]
     if element is Path or item.commas == "keep":
         return tuple(value)
@@ -230,7 +241,7 @@ def _setting_value(item: FlatSetting, value: Any) -> Any:
 
 
 def _number(word: Any, kinds: Sequence[Any]) -> Any:
-    """Return a text as a number of one of these types, or as it is: the settings class refuses other texts."""
+    """Return a text as a number of one of these types, or unchanged. The settings class refuses other texts."""
     for kind in (int, float):
         if kind in kinds:
             with suppress(ValueError):
@@ -259,12 +270,15 @@ def by_modality(
 
 
 def split_at_commas(values: Sequence[Any] | None, comma: re.Pattern[str] = _COMMA) -> tuple[str, ...]:
-    """Split the values of an option that may be repeated and may hold several names with commas between them."""
-    return tuple(word.strip() for value in values or () for word in comma.split(str(value)) if word.strip())
+    """Split the values of an option that may be repeated, each of which may be several names with commas between."""
+    words: list[str] = []
+    for value in values or ():
+        words += map(str.strip, comma.split(str(value)))
+    return tuple(filter(None, words))
 
 
 def config_option(help: str) -> Any:
-    """Return the option `--config`, which is parsed before those whose values it gives."""
+    """Return the option `--config`, which is parsed before the options whose values it gives."""
     return Annotated[
         Path | None, typer.Option("--config", metavar="FILE", help=help, is_eager=True, callback=use_config)
     ]
@@ -277,23 +291,32 @@ def use_config(context: typer.Context, path: Path | None) -> Path | None:
         UnknownNameError: the command has no option of that name.
         SettingError: an option occurs twice, or has a value of another type.
     """
-    if path is not None:
-        options = {
-            flag.lstrip("-").replace("-", "_"): (option, flag in option.secondary_opts)
-            for option in context.command.params
-            for flag in (*option.opts, *option.secondary_opts)
-            if option.name != "config"
-        }
-        words: dict[str, Any] = {}
-        for name, value in read_config(path).items():
-            if name not in options:
-                known = [each for each, (option, _) in options.items() if len(each) > 1 or len(option.opts) == 1]
-                raise unknown_name("option", name, known, where=f"in {path}")
-            option, is_off = options[name]
-            if option.name in words:
-                raise SettingError(f"{path}: {name}: expected one value, got another of the same option; remove one")
-            words[str(option.name)] = _as_words(f"{path}: {name}", value, option, is_off=is_off)
-        context.default_map = words
+    if path is None:
+        return None
+
+    # Name in the file -> option, and whether it is the name that switches a flag off.
+    options: dict[str, tuple[Any, bool]] = {}
+    suggested = []
+    for option in context.command.params:
+        if option.name == "config":
+            continue
+        for flag in (*option.opts, *option.secondary_opts):
+            name = flag.lstrip("-").replace("-", "_")
+            options[name] = (option, flag in option.secondary_opts)
+
+            # The letter of an option that also has a word is accepted, but not suggested.
+            if len(name) > 1 or len(option.opts) == 1:
+                suggested.append(name)
+
+    words: dict[str, Any] = {}
+    for name, value in read_config(path).items():
+        if name not in options:
+            raise unknown_name("option", name, suggested, where=f"in {path}")
+        option, is_off = options[name]
+        if option.name in words:
+            raise SettingError(f"{path}: {name}: expected one value, got another of the same option; remove one")
+        words[str(option.name)] = _as_words(f"{path}: {name}", value, option, is_off=is_off)
+    context.default_map = words
     return path
 
 
@@ -306,18 +329,21 @@ def is_from_file(context: typer.Context, name: str) -> bool:
 def _as_words(name: str, value: Any, option: Any, *, is_off: bool) -> Any:
     """Return a value as the parser of the command line expects it, or raise a `SettingError` that names it."""
     is_flag = getattr(option, "is_flag", False)
-    takes_many = getattr(option, "multiple", False) or option.nargs != 1
-    if isinstance(value, dict) and takes_many:
+    is_list = getattr(option, "multiple", False) or option.nargs != 1
+    if isinstance(value, dict) and is_list:
         value = to_words(value)
-    elements = value if isinstance(value, list | tuple) and takes_many else [value]
+
+    # `lr = true` would otherwise become the text "True".
+    elements = value if isinstance(value, list | tuple) and is_list else [value]
     if any(isinstance(each, list | dict) or isinstance(each, bool) is not is_flag for each in elements):
         expected = "true or false" if is_flag else "a text or a number"
         got = str(value).lower() if isinstance(value, bool) else value
-        raise SettingError(f"{name}: expected {expected}{' or a list of them' if takes_many else ''}, got {got}")
+        raise SettingError(f"{name}: expected {expected}{' or a list of them' if is_list else ''}, got {got}")
+
     if is_flag:
         return value is not is_off
-    words = [str(element) for element in elements]
-    return words if takes_many else words[0]
+    words = list(map(str, elements))
+    return words if is_list else words[0]
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -334,10 +360,12 @@ def read_config(path: Path) -> dict[str, Any]:
 
     if path.suffix == ".json":
         return _read_run(path)
+
+    # The file of a sweep is also accepted if it fixes all values.
     values = read_toml(path, "a TOML file or the run.json of a run")
-    if swept := values.pop("space", None):
+    if ranges := values.pop("space", None):
         raise SettingError(
-            f"{path}: expected one value per option, got ranges and choices in [space]: {', '.join(swept)}; name one "
+            f"{path}: expected one value per option, got ranges and choices in [space]: {', '.join(ranges)}; name one "
             "value of each in [fixed], or search them with embedcache sweep"
         )
     fixed = values.pop("fixed", {})
@@ -358,9 +386,12 @@ def _read_run(path: Path) -> dict[str, Any]:
 
     if path.name != MANIFEST:
         raise SettingError(f"{path}: expected a TOML file or the {MANIFEST} of a run, got another file")
+
     run = Run.open(path.parent, kind=PAIR)
     settings = construct(path, lambda: to_flat(TrainSettings(**run.info.settings)))
     settings["feature"] = {modality: side.feature for modality, side in run.info.inputs.items()}
+
+    # Code that the file names is run only with --trust, unlike code that the user types.
     mark_as_read(path, [*split_names(str(settings.get("projector", ""))), str(settings.get("loss", ""))])
     return {name: value for name, value in settings.items() if value not in (None, ())}
 
@@ -390,7 +421,7 @@ def command(
         runs_named_code: whether files that the command opens may name code, so that it has `--trust`.
         reads_items: whether it reads items again from the source of a cache, so that it has `--image-folder`.
         plugins: kinds of plug-ins that it takes by name, such as `encoders`; `--help` lists the installed ones.
-        common: parameters of the options that `--help` shows, of a command that has many; `--help-all` shows all.
+        common: parameters of the options that `--help` shows if a command has many; `--help-all` shows all.
         skip: flat names of settings that get no option.
         build: parameter -> function that builds its settings from flat values; `from_flat` if not given.
         config_help: help of `--config`.
@@ -407,11 +438,18 @@ def command(
     }
 
     def declare(function: F) -> F:
-        own = inspect.signature(function, eval_str=True).parameters.values()
-        parameters = [each for each in own if each.name not in settings]
-        parameters += [option for kind in settings.values() for option in setting_options(kind, skip)]
-        parameters += [keyword(key, *declared) for key, declared in shared.items() if declared]
-        parameters += [keyword("overwrite", Overwrite, False)] if any(map(_is_new_file, parameters)) else []
+        # The order is that of `--help`: the function's own options, its settings, then options that all commands have.
+        parameters = []
+        for parameter in inspect.signature(function, eval_str=True).parameters.values():
+            if parameter.name not in settings:
+                parameters.append(parameter)
+        for settings_class in settings.values():
+            parameters += setting_options(settings_class, skip)
+        for key, declared in shared.items():
+            if declared:
+                parameters.append(keyword(key, *declared))
+        if any(map(_is_new_file, parameters)):
+            parameters.append(keyword("overwrite", Overwrite, False))
         parameters += [keyword("quiet", Quiet, False), keyword("verbose", Verbose, False)]
 
         @functools.wraps(function)
@@ -422,6 +460,7 @@ def command(
                 values[key] = build[key](flat) if build else from_flat(kind, flat)
             _run(functools.partial(function, **values), options)
 
+        # typer reads parameters and classes, so each command gets its own signature and its own class.
         _set_signature(run, [keyword("context", typer.Context), *parameters])
         kind = type("DeclaredCommand", (Command,), {"plugins": plugins, "common": common and (*common, _HELP_ALL)})
         help = _help_text(function)
@@ -432,25 +471,28 @@ def command(
 
 
 def _run(function: Callable[[], Any], options: Mapping[str, Any]) -> None:
-    """Call the function of a command, and publish its report; options that the command lacks are None."""
+    """Call the function of a command, and publish its report. Options that the command lacks are None."""
     from embedcache.cli.console import publish, verbosity
     from embedcache.provenance import replacing_files
 
     with ExitStack() as stack:
         stack.enter_context(verbosity(quiet=options["quiet"], verbose=options["verbose"]))
+
+        # A command without the option has no outputs that it could replace by mistake.
         stack.enter_context(replacing_files(options["overwrite"] is not False))
         stack.enter_context(trust_files(bool(options["trust"])))
         if options["image_folder"]:
             from embedcache.sources.open import read_below
 
             stack.enter_context(read_below(*options["image_folder"]))
+
         report = function()
         if report is not None:
             publish(report, as_json=options["as_json"], output=options["output"], html=options["html"])
 
 
 def exit_with_findings() -> NoReturn:
-    """End a command with exit code 1 after its report was published, since it names what is wrong."""
+    """End a command with exit code 1 after its report was published, since the report names the faults."""
     raise typer.Exit(1)
 
 
@@ -472,9 +514,11 @@ def _set_signature(function: Callable[..., None], parameters: Iterable[inspect.P
 
 
 def _help_text(function: Callable[..., Any]) -> str:
-    """Return the docstring with every paragraph on one line, but for examples."""
-    paragraphs = (inspect.getdoc(function) or "").split("\n\n")
-    return "\n\n".join(text if text.startswith("Example") else " ".join(text.split()) for text in paragraphs)
+    """Return the docstring with every paragraph on one line, except examples."""
+    paragraphs = []
+    for text in (inspect.getdoc(function) or "").split("\n\n"):
+        paragraphs.append(text if text.startswith("Example") else " ".join(text.split()))
+    return "\n\n".join(paragraphs)
 
 
 def _is_new_file(parameter: inspect.Parameter) -> bool:
@@ -500,26 +544,36 @@ class Command(TyperCommand):
 
     plugins: tuple[str, ...] = ()
     common: tuple[str, ...] = ()
-    """Parameters whose options `--help` shows; empty: all."""
+    """Parameters whose options `--help` shows (all if empty)."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the command line, with options that other tools name otherwise by our names."""
-        known = {flag for option in self.params for flag in option.opts}
+        """Parse the command line. Options by their names in other tools are replaced by ours."""
+        flags: set[str] = set()
+        for option in self.params:
+            flags.update(option.opts)
+
         words = []
         for word in args:
             name, separator, value = word.partition("=")
-            is_alias = _ALIASES.get(name) in known
-            words += [_ALIASES[name], *([value] if separator else [])] if is_alias else [word]
+            if _ALIASES.get(name) not in flags:
+                words.append(word)
+                continue
+
+            # A value after the equals sign becomes a word, because a short option accepts no equals sign.
+            words.append(_ALIASES[name])
+            if separator:
+                words.append(value)
         return super().parse_args(ctx, words)
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command; the error of a setting names its option, and so does that of a feature to choose."""
+        """Run the command. The error of a setting names its option, and so does the error of a feature to choose."""
         _check_local_paths(ctx)
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:  # which click would print as "Aborted."
+        except KeyboardInterrupt:
             from embedcache.cli.console import end_interrupted
 
+            # click would print it as "Aborted."
             end_interrupted()
         except AmbiguousNameError as error:
             error.args = (f"{error}{_feature_option(ctx, error.modality)}",)
@@ -540,17 +594,20 @@ class Command(TyperCommand):
         """Write the help, with the plug-ins of installed packages, and how to see options that it does not show."""
         notes = []
         is_short = bool(self.common) and not ctx.params.get(_HELP_ALL)
-        options = [each for each in self.params if isinstance(each, TyperOption)]
-        for option in options:
-            option.hidden = is_short and option.name not in self.common
+        num_hidden = 0
+        for option in self.params:
+            if isinstance(option, TyperOption):
+                option.hidden = is_short and option.name not in self.common
+                num_hidden += option.hidden
         if is_short:
-            num_hidden = sum(option.hidden for option in options)
             notes.append(f"{pluralize(num_hidden, 'more option')}: {ctx.command_path} --help-all")
 
-        found = {kind: installed_plugins(kind) for kind in self.plugins}
-        lists = [f"{kind} {', '.join(names)}" for kind, names in found.items() if names]
-        if lists:
-            notes.append(f"Plug-ins of installed packages: {'; '.join(lists)}.")
+        plugins = []
+        for kind in self.plugins:
+            if names := installed_plugins(kind):
+                plugins.append(f"{kind} {', '.join(names)}")
+        if plugins:
+            notes.append(f"Plug-ins of installed packages: {'; '.join(plugins)}.")
         self.epilog = "\n\n".join(notes)
         super().format_help(ctx, formatter)
 
@@ -559,7 +616,7 @@ class CommandGroup(TyperGroup):
     """A group of commands which finds a command of its groups by its last word."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Return the command that is named; the error of one that is in a group names it."""
+        """Return the named command. If it is in a group, the error names the group."""
         for name, group in self.commands.items():
             is_in_group = isinstance(group, TyperGroup) and args[0] in group.commands
             if is_in_group and args[0] not in self.commands:
@@ -579,10 +636,11 @@ def _without_types(parameters: list[Any]) -> list[Any]:
 
 
 def _check_local_paths(context: typer.Context) -> None:
-    """Check that no parameter that is a path on this machine is a URL, of which `Path` joins the slashes."""
+    """Check that no parameter that is a path on this machine is a URL, and that no output is named twice."""
     for option in context.command.params:
         value = context.params.get(str(option.name))
         for path in value if isinstance(value, list | tuple) else [value]:
+            # `Path` joins the slashes of a URL, so it would name a folder here.
             match = _URL.match(str(path)) if isinstance(path, Path) else None
             if match:
                 name = option.opts[0] if option.param_type_name == "option" else option.metavar or option.name
@@ -590,22 +648,23 @@ def _check_local_paths(context: typer.Context) -> None:
                     f"{name}: expected a path on this machine, got the URL {match[1]}://{match[2]}; name a local path, "
                     "and copy what is there"
                 )
-    output, page = context.params.get("output"), context.params.get("html")
-    if output is not None and output == page:
+
+    output = context.params.get("output")
+    if output is not None and output == context.params.get("html"):
         raise SettingError(f"--output, --html: expected two files, got {output} twice; name another file")
 
 
 def _name_option(context: typer.Context, message: str) -> str:
-    """Replace the name of a setting at the start of a message by its option, or by the file that set it and its key.
-
-    A folder that an argument names may have the name of a setting, such as `cache`.
-    """
+    """Replace the name of a setting at the start of a message by its option, or by the file that set it and its key."""
     name, separator, rest = message.partition(": ")
-    given = [
-        context.params.get(str(each.name)) for each in context.command.params if each.param_type_name == "argument"
-    ]
-    if Path(name) in (Path(str(value)) for values in given for value in one_or_many(values or [])):
-        return message
+
+    # A folder that an argument names may have the name of a setting, such as `cache`.
+    for parameter in context.command.params:
+        if parameter.param_type_name == "argument":
+            paths = one_or_many(context.params.get(str(parameter.name)) or [])
+            if Path(name) in map(Path, map(str, paths)):
+                return message
+
     for option in context.command.params:
         if option.param_type_name == "option" and name in (option.name, option.opts[0]):
             if is_from_file(context, str(option.name)):
@@ -615,9 +674,9 @@ def _name_option(context: typer.Context, message: str) -> str:
 
 
 def _feature_option(context: typer.Context, modality: str) -> str:
-    """Return which option names a feature of a modality, to follow the names; empty without such an option."""
-    options = {option.name: option for option in context.command.params if option.param_type_name == "option"}
-    if "feature" not in options:
-        return ""
-    metavar = str(options["feature"].metavar).replace("[MODALITY=]", f"{modality}=").replace("MODALITY", modality)
-    return f"; with --feature {metavar}"
+    """Return the option that names a feature of a modality, to follow the names. Empty without such an option."""
+    for option in context.command.params:
+        if option.param_type_name == "option" and option.name == "feature":
+            metavar = str(option.metavar).replace("[MODALITY=]", f"{modality}=").replace("MODALITY", modality)
+            return f"; with --feature {metavar}"
+    return ""

@@ -50,8 +50,9 @@ _NEXT_STEPS = {
 
 @contextmanager
 def verbosity(*, quiet: bool, verbose: bool) -> Iterator[None]:
-    """Set what is printed beside results while a command runs."""
-    level, started = log.level, time.monotonic()
+    """Set the log messages that are printed in addition to results while a command runs."""
+    level = log.level
+    started = time.monotonic()
     verbose = verbose and not quiet
     handler = logging.StreamHandler()
     handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s" if verbose else None))
@@ -59,7 +60,9 @@ def verbosity(*, quiet: bool, verbose: bool) -> Iterator[None]:
     log.setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else level)
     devices = logging.getLogger("embedcache.processes")
     devices.setLevel(logging.WARNING if quiet else logging.INFO)
-    announce.cache_clear()  # a test runs several commands in one process
+
+    # Each device is announced once per command, and a test runs several commands in one process.
+    announce.cache_clear()
     try:
         yield
     finally:
@@ -71,7 +74,7 @@ def verbosity(*, quiet: bool, verbose: bool) -> Iterator[None]:
 
 
 class _Formatter(logging.Formatter):
-    """Formatter of log lines with control characters as escapes; without a format, a warning is named as one."""
+    """Formatter of log lines with control characters as escapes. Without a format, a warning is named as one."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line of a record."""
@@ -82,7 +85,8 @@ class _Formatter(logging.Formatter):
 
 def open_progress() -> Progress:
     """Return bars on a terminal, plain lines elsewhere, and nothing with `--quiet`."""
-    return to_progress(log.level != logging.WARNING)  # as `verbosity` sets it
+    # The level as `verbosity` sets it.
+    return to_progress(log.level != logging.WARNING)
 
 
 def print_line(line: str) -> None:
@@ -97,7 +101,7 @@ def print_lines(lines: Iterable[str]) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None) -> None:
-    """Print a table; the first column is left-aligned, the others right-aligned."""
+    """Print a table. The first column is left-aligned, the others right-aligned."""
     from rich.console import Console
     from rich.table import Table
 
@@ -106,12 +110,15 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title:
         table.add_column(visible(column), justify="left" if number == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*map(visible, row))
+
+    # In a file or a pipe, no row is wrapped, so that a script can read it.
     Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH, markup=False, emoji=False).print(table)
 
 
 def print_json(record: Any) -> None:
     """Print JSON on standard output."""
-    text = json.dumps(record, indent=1, ensure_ascii=False)  # which escapes all controls but the following
+    # JSON escapes all other control characters itself.
+    text = json.dumps(record, indent=1, ensure_ascii=False)
     print(_JSON_CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text), flush=True)
 
 
@@ -119,7 +126,7 @@ def publish(report: Any, *, as_json: bool, output: Path | None = None, html: Pat
     """Write the requested files, and print a report as text or as JSON.
 
     Args:
-        report: a `Presentation`, or what `present` takes.
+        report: a `Presentation`, or a report that `present` accepts.
         as_json: print the JSON values.
         output: JSON file to write.
         html: page to write.
@@ -128,16 +135,20 @@ def publish(report: Any, *, as_json: bool, output: Path | None = None, html: Pat
     from embedcache.reports.render import Presentation, present, to_html
 
     shown = report if isinstance(report, Presentation) else present(report)
-    try:  # before printing, which ends the command where `head` reads no further
+    try:
+        # Files come before printing, which ends the command if `head` reads no further.
         if output is not None:
             write_report_json(output, shown.record())
         if html is not None:
             write_output(html, to_html(shown).encode())
-    finally:  # what may have taken hours is printed also if it cannot be written
+    finally:
+        # Results of hours are printed even if a file cannot be written.
         if as_json:
             print_json(shown.record())
         else:
             print_report(shown)
+
+    # Standard output must stay JSON only.
     for path in filter(None, (output, html)):
         print(visible(f"wrote {path}"), file=sys.stderr if as_json else sys.stdout, flush=True)
     shown.finish()
@@ -171,7 +182,7 @@ def run_program(run: Callable[[], object]) -> None:
 
     Exit codes: 0 success; 1 a user's error, printed as one line; 70 a bug, in embedcache or a plug-in,
     with its traceback; 130 interrupted.
-    EMBEDCACHE_DEBUG=1 prints the traceback of a user's error too.
+    EMBEDCACHE_DEBUG=1 also prints the traceback of a user's error.
     """
     _open_closed_streams()
     show_faults()
@@ -183,14 +194,16 @@ def run_program(run: Callable[[], object]) -> None:
         end_interrupted()
     except EmbedcacheError as error:
         _fail(str(error), error)
-    except BrokenPipeError:  # whoever read the output has ended, as in `embedcache … | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes its standard output when it exits
+    except BrokenPipeError:
+        # The reader has ended, as in `embedcache … | head`. Python flushes standard output when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
     except OSError as error:
         _fail(_os_error_line(error), error)
     except Exception as error:  # noqa: BLE001
         if is_out_of_memory(error):
-            reason = one_line(error).rpartition("DefaultCPUAllocator: ")[2]  # without the line in torch's source
+            # The words before it name a line of torch's source.
+            reason = one_line(error).rpartition("DefaultCPUAllocator: ")[2]
             _fail(f"out of memory: {reason}; use smaller settings, or give this process more memory")
         if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
             _fail("can't start new thread; raise the limit of processes with ulimit -u, or use fewer --threads")
@@ -202,14 +215,15 @@ def run_program(run: Callable[[], object]) -> None:
 
 
 def _open_closed_streams() -> None:
-    """Open streams that are closed, as by `>&-`: a file of a cache would get their number, and what C code prints."""
+    """Open streams that are closed, as by `>&-`."""
+    # A file of a cache would otherwise get the number of the stream, and with it the output of C code.
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r+", encoding="utf-8"))  # noqa: PTH123, SIM115
 
 
 def end_interrupted() -> NoReturn:
-    """End the process after Ctrl-C: outputs are whole or absent, and what resumes goes on from its finished work."""
+    """End the process after Ctrl-C. Outputs are whole or absent, and the same command goes on from finished work."""
     _end_on_interrupt()
     close_bars()
     print("Interrupted. Run the same command again.", file=sys.stderr)
@@ -217,14 +231,17 @@ def end_interrupted() -> NoReturn:
 
 
 def _end_on_interrupt() -> None:
-    """Let Ctrl-C end the process at once from now on: while it exits, Python would print it as a traceback."""
+    """Let Ctrl-C end the process immediately from now on. While it exits, Python would print a traceback."""
     is_main = threading.current_thread() is threading.main_thread()
-    if is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a background job ignores it
+
+    # A background job ignores the signal, and goes on ignoring it.
+    if is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _check_arguments() -> None:
-    """Check that names can be stored and printed; a name of other bytes has them as lone surrogates."""
+    """Check that names can be stored and printed."""
+    # Bytes that are not UTF-8 are lone surrogates in Python's strings.
     for word in sys.argv[1:]:
         try:
             word.encode()
@@ -247,7 +264,8 @@ def _fail(message: str, error: Exception | None = None) -> NoReturn:
     message = "; ".join([message, *getattr(error, "__notes__", ())])
     if os.environ.get("EMBEDCACHE_DEBUG", "0") != "0":
         traceback.print_exc()
-    print("error:", visible(message).replace("\n", r"\n"), file=sys.stderr)  # a name may have a line break
+    # A name may contain a line break, but an error is one line.
+    print("error:", visible(message).replace("\n", r"\n"), file=sys.stderr)
     sys.exit(1)
 
 

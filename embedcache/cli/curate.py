@@ -54,12 +54,13 @@ def index(
     from embedcache.search.faiss_index import read_card
     from embedcache.search.index import build_index
 
-    before = read_card(out) if (out / "card.json").is_file() else None
+    # An index that grows keeps its trained lists, so its recall may fall: both cards are shown.
+    old_card = read_card(out) if (out / "card.json").is_file() else None
     card = build_index(cache, out, settings, progress=open_progress())
     lines = describe_index(out, card)
-    if before is not None and before != card:
-        vectors = count_items(before.num_vectors, card.modality)
-        lines.append(f"before: {vectors}, recall@10 {before.recall_at_10:.3f}; not trained again")
+    if old_card is not None and old_card != card:
+        vectors = count_items(old_card.num_vectors, card.modality)
+        lines.append(f"before: {vectors}, recall@10 {old_card.recall_at_10:.3f}; not trained again")
     return Presentation(lines=lines, record=card.to_json)
 
 
@@ -157,6 +158,7 @@ def leaks(
     from embedcache.provenance import check_table_output
     from embedcache.reports.leaks import present_leaks
 
+    # A wrong name of the output fails before the search, which may last hours.
     if out is not None:
         check_table_output("selection", out)
     return present_leaks(find_leaks(train, test, settings, feature=feature, progress=open_progress()), out)
@@ -231,7 +233,7 @@ def combine(
 
 
 def _present_size(path: Path, num_samples: int) -> Any:
-    """Return the presentation of how many samples a command has written to a file."""
+    """Return the presentation of the number of samples that a command has written to a file."""
     from embedcache.reports.render import Presentation
 
     return Presentation(
@@ -241,7 +243,7 @@ def _present_size(path: Path, num_samples: int) -> Any:
 
 
 def _check_export(context: typer.Context, path: Path) -> Path | None:
-    """Check an output as `check_new_file` does; a folder is checked by the format, which is not known yet."""
+    """Check an output as `check_new_file` does. A folder is checked by the format, which is not known yet."""
     return path if path.is_dir() else check_new_file(context, path)
 
 

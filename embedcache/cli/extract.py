@@ -107,8 +107,9 @@ def extract(
     from embedcache.store.cache import Cache, caption_error_lines
 
     if retry_failed and (plan or settings.extend):
-        other = "--plan" if plan else "--extend"
-        raise SettingError(f"--retry-failed: expected neither --plan nor --extend, got {other}; omit one of the two")
+        option = "--plan" if plan else "--extend"
+        raise SettingError(f"--retry-failed: expected neither --plan nor --extend, got {option}; omit one of the two")
+
     opened = open_source_or_cache(source, cache, kind=source_type, settings=source_settings)
     options: dict[str, Any] = {
         "image_encoder": image_encoder or (),
@@ -121,6 +122,8 @@ def extract(
         return _present_plan(make_plan(opened, cache, **options))
     if retry_failed:
         return retry(opened, cache, **options)
+
+    # A second run encodes nothing, which must not look like a failure.
     reports = extract_features(opened, cache, **options)
     notes = caption_error_lines(Cache(cache))
     if not any(report.computed for report in reports):
@@ -144,17 +147,19 @@ def derive(cache: CacheArgument, *, settings: DeriveSettings) -> Any:
 
 
 def _present_plan(plan: "Plan") -> "Presentation":
-    """Return the presentation of a plan; after it was shown, too little space on the disk is an error."""
+    """Return the presentation of a plan. Too little space on the disk is an error after the plan was shown."""
     from embedcache.reports.render import Presentation, Section, to_plain
 
-    rows = [
-        [feature.name, f"{feature.num_items:,}", f"{feature.item_bytes:,.0f}", format_bytes(feature.num_bytes)]
-        for feature in plan.features
-    ]
+    rows = []
+    for feature in plan.features:
+        sizes = [f"{feature.num_items:,}", f"{feature.item_bytes:,.0f}", format_bytes(feature.num_bytes)]
+        rows.append([feature.name, *sizes])
+
     notes = []
     for modality, rate in plan.rates.items():
         processes = f" on each of {plan.num_processes} devices" if plan.num_processes > 1 else ""
         notes.append(f"{noun(modality)}: measured {rate:,.1f} per second{processes}; {_time(plan.hours(modality))}")
+
     memory = format_bytes(plan.memory_bytes)
     notes.append(f"memory: {memory} per process for the outputs of two chunks; see --chunk-size")
     free = "" if plan.free_bytes is None else f"; {format_bytes(plan.free_bytes)} are free"

@@ -108,17 +108,18 @@ def npy(
 
     Example: embedcache import npy cache/ --file image=images.npy --table rows.parquet
     """
-    named = by_modality("--file", file, "audio=clap.npy", metavar="FILE")
-    for modality, paths in named.items():
+    files = {}
+    for modality, paths in by_modality("--file", file, "audio=clap.npy", metavar="FILE").items():
+        # The option may be repeated for other modalities, but a modality has one row per vector.
         if len(paths) > 1:
             raise SettingError(f"--file: expected one file of {modality} vectors, got {' and '.join(paths)}; name one")
-    files = {modality: Path(path) for modality, (path,) in named.items()}
+        files[modality] = Path(paths[0])
     return _import(cache, settings, "npy", files=files, table=table)
 
 
-def _import(cache: str, settings: ImportSettings, format_name: str, path: Path | None = None, **named: Any) -> Any:
+def _import(cache: str, settings: ImportSettings, format_name: str, path: Path | None = None, **inputs: Any) -> Any:
     from embedcache.cli.console import open_progress
     from embedcache.vectors.importing import import_vectors
     from embedcache.vectors.opening import open_vectors
 
-    return import_vectors(open_vectors(format_name, path, **named), cache, settings, progress=open_progress())
+    return import_vectors(open_vectors(format_name, path, **inputs), cache, settings, progress=open_progress())

@@ -70,6 +70,7 @@ def quickstart(
     from embedcache.quickstart.quickstart import SOURCE, present_quickstart
     from embedcache.quickstart.quickstart import quickstart as run
 
+    # The only path is the folder for results; the images are then the packaged ones.
     if folder is None:
         folder = Path(data or "embedcache-quickstart")
         data = SOURCE
@@ -92,7 +93,7 @@ for name, group in (
 
 @cache_calls
 def root_command() -> TyperGroup:
-    """Return the group of all commands; a process that runs several builds them once, in 45 ms."""
+    """Return the group of all commands. A process that runs several commands builds them once, in 45 ms."""
     command = typer.main.get_command(app)
     assert isinstance(command, TyperGroup)
     return command
@@ -101,11 +102,12 @@ def root_command() -> TyperGroup:
 def main() -> None:
     """Run the command line.
 
-    Exit codes: those of `run_program`; 1 also findings of `verify`; 2 wrong usage.
+    Exit codes are the same as in `run_program`. Code 1 also means findings of `verify`, and code 2 wrong usage.
     """
     run_program(_run)
 
 
 def _run() -> None:
-    search_plugins_in(str(Path.cwd()))  # so that module:attribute finds a plug-in beside the data
+    # A plug-in named module:attribute may lie next to the data.
+    search_plugins_in(str(Path.cwd()))
     root_command()(prog_name="embedcache")

@@ -78,16 +78,21 @@ def search(
         concept_cache=concepts,
         vectors=None if query_vectors is None else read_vectors(query_vectors),
     )
+    # Whoever types the name of a file probably means the file, but it may also be a word.
     progress = open_progress()
     for text in filter(os.path.isfile, query or ()):
         progress.note(
             f"searching the words {text!r}; a file of that name exists: to search with it, {_file_option(text)}"
         )
-    hit_lists = run_search(index, all_queries, settings, progress=progress)
-    results = list(zip(all_queries.names, hit_lists, strict=True))
+
+    sections = []
+    results = []
+    for name, hits in zip(all_queries.names, run_search(index, all_queries, settings, progress=progress), strict=True):
+        sections.append(Section(title=name, table=_hit_table(hits, _SCORES[settings.match])))
+        results.append((name, hits))
     return Presentation(
         lines=(),
-        sections=[Section(title=name, table=_hit_table(hits, _SCORES[settings.match])) for name, hits in results],
+        sections=sections,
         record=lambda: [{"query": name, "hits": to_plain(hits)} for name, hits in results],
     )
 
@@ -133,8 +138,9 @@ def serve(
     from embedcache.cli.console import open_progress, print_json, print_line
     from embedcache.registry import require
 
+    # The modules below import these packages; without them, the error names the extra to install.
     for package in ("fastapi", "uvicorn"):
-        require(package, extra="serve")  # the modules below import them
+        require(package, extra="serve")
     from embedcache.serve.server import serve as run_server
     from embedcache.serve.service import ServePaths
 
@@ -150,7 +156,7 @@ def serve(
     progress = open_progress()
 
     def announce(line: str) -> None:
-        """Print a line; as JSON only the address, which is the last one."""
+        """Print a line. As JSON, only the address is printed."""
         word, _, url = line.partition(" ")
         if not as_json:
             print_line(line)
@@ -159,12 +165,13 @@ def serve(
         else:
             progress.note(line)
 
-    with suppress(KeyboardInterrupt):  # Ctrl-C ends the server
+    # Ctrl-C is the usual end of a server, not an error.
+    with suppress(KeyboardInterrupt):
         run_server(paths, settings, device=device, progress=progress, print_line=announce)
 
 
 def _file_option(path: str) -> str:
-    """Return the option that searches with a file, by its suffix; an unknown one is taken for an image."""
+    """Return the option that searches with a file, by its suffix. A file of an unknown suffix counts as an image."""
     from embedcache.sources.files import MEDIA_SUFFIXES
 
     suffix = Path(path).suffix.lower()
@@ -173,16 +180,26 @@ def _file_option(path: str) -> str:
 
 
 def _hit_table(hits: Sequence["Hit"], score: str) -> tuple[list[str], list[list[str]]]:
-    """Return the columns and rows of a table of hits: files where keys do not name them, labels where there are any."""
+    """Return the columns and rows of a table of hits.
+
+    Paths are shown if keys do not name the files, and labels if there are any.
+    """
     from embedcache.sources.files import is_key_of_file
 
-    columns = {
-        "captions": [" · ".join(hit.captions) for hit in hits],
-        score: [f"{hit.score:.3f}" for hit in hits],
-        "key": [hit.key for hit in hits],
-    }
-    if any(hit.path is not None and not is_key_of_file(hit.key, hit.path) for hit in hits):
-        columns["path"] = [hit.path or "" for hit in hits]
-    if any(hit.label is not None for hit in hits):
-        columns["label"] = [hit.label or "" for hit in hits]
-    return list(columns), [list(row) for row in zip(*columns.values(), strict=True)]
+    has_paths = any(hit.path is not None and not is_key_of_file(hit.key, hit.path) for hit in hits)
+    has_labels = any(hit.label is not None for hit in hits)
+    columns = ["captions", score, "key"]
+    if has_paths:
+        columns.append("path")
+    if has_labels:
+        columns.append("label")
+
+    rows = []
+    for hit in hits:
+        row = [" · ".join(hit.captions), f"{hit.score:.3f}", hit.key]
+        if has_paths:
+            row.append(hit.path or "")
+        if has_labels:
+            row.append(hit.label or "")
+        rows.append(row)
+    return columns, rows
