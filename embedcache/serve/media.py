@@ -1,4 +1,4 @@
-"""Media of a cache as a browser shows and plays them, and files that visitors send. Both are decoded a few at a time."""
+"""Media as a browser shows and plays them, and files that visitors send. Both are decoded a few at a time."""
 
 import asyncio
 import re
