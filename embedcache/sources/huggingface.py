@@ -57,18 +57,23 @@ class HuggingfaceSource:
     def __init__(self, location: object, settings: SourceSettings) -> None:
         settings.check_supported("huggingface", *COLUMN_SETTINGS)
         self._settings = settings
+
         name = _DatasetName.parse(location) if isinstance(location, str) else None
         splits = _by_split(location if name is None else _load(name))
         self._path = _describe_memory(splits) if name is None else name.text
         self._folder = Path.cwd() if name is None or not name.is_folder else Path(name.name)
+
         self._tables: dict[str, tuple[TableFile, TableColumns]] = {}
         self._cells = {}
+
         for split, dataset in splits.items():
             schema = dataset.features.arrow_schema
             path = Path(self._path, split)
             table = TableFile(path=path, schema=schema, read=partial(_rows, dataset), has_path_lists=False)
             columns = find_columns(table, _with_image(settings, dataset))
             self._tables[split] = table, columns
+
+            # A column is read without the others, which may be large.
             cells = dataset.with_format("arrow")
             for column in columns.items.values():
                 self._cells[f"{split}{COLUMN_MARK}{column}"] = cells.select_columns([column])
@@ -87,10 +92,12 @@ class HuggingfaceSource:
     def read(self, item: FileItem) -> bytes:
         """Read the bytes of one item as stored, without decoding it."""
         split, _, column = item.path.rpartition(COLUMN_MARK)
+
         try:
             cell = self._cells[item.path][item.offset].column(0)[0].as_py()
         except (KeyError, IndexError):
             raise ItemError(f"{self._path} has no item in row {item.offset} of {item.path!r}") from None
+
         return item_bytes(cell, self._folder, column, f"row {item.offset} of {Path(self._path, split)}")
 
 
@@ -99,6 +106,7 @@ def _sample(split: str, columns: TableColumns, number: int, row: Row, place: str
     sample = read_sample(columns, row, place, key=str(number), items=items)
     if not split:
         return sample
+
     return replace(sample, key=f"{split}/{sample.key}", columns={"split": split, **sample.columns})
 
 
@@ -122,12 +130,16 @@ class _DatasetName:
         if location.startswith(_MEMORY):
             place = f"in memory ({location.removeprefix(_MEMORY)})"
             raise SourceError(f"the dataset was {place}: pass it to open_source(dataset), or save it with save_to_disk")
+
         if Path(location).exists():
             path = Path(location).absolute().as_posix()
             return cls(text=path, name=path)
+
         found = _NAME.fullmatch(location)
         if found is None:
             raise SourceError(f"{location!r} is no name of a dataset; {_EXPECTED}")
+
+        # A local folder wins over a name on the Hub.
         name = Path(found["name"]).absolute().as_posix() if Path(found["name"]).exists() else found["name"]
         text = name + location.removeprefix(found["name"])
         return cls(text=text, name=name, config=found["config"], split=found["split"], revision=found["revision"])
@@ -144,10 +156,12 @@ def _load(name: _DatasetName) -> Any:
     with hub_errors(f"load the dataset {name.text}", _EXPECTED, error_class=error_class):
         if name.text == name.name and name.is_folder:
             return datasets.load_from_disk(name.name, keep_in_memory=False)
+
         hub = require("huggingface_hub", extra="datasets")
         if not name.is_folder and not hub.constants.HF_HUB_OFFLINE:
             # If the Hub is down, `load_dataset` tries for half a minute; of a private one, it says less.
             hub.HfApi().dataset_info(name.name, revision=name.revision, timeout=_TIMEOUT_S)
+
         return _load_repository(datasets, name)
 
 
@@ -156,12 +170,15 @@ def _load_repository(datasets: Any, name: _DatasetName) -> Any:
     if config is not None and split is None:  # the only bracket
         configs = datasets.get_dataset_config_names(name.name, revision=name.revision)
         config, split = (config, None) if config in configs else (None, config)
+
     if split is None:
         return datasets.load_dataset(name.name, config, revision=name.revision)
+
     parts = [part.strip() for part in split.split("+")]
     names = [part.partition("[")[0] for part in parts]
     if len(set(names)) < len(names):
         raise SourceError(f"{name.text}: expected each split once, as keys are numbered in it, got {split}")
+
     loaded = datasets.load_dataset(name.name, config, split=parts, revision=name.revision)
     return datasets.DatasetDict(zip(names, loaded, strict=True))
 
@@ -184,9 +201,11 @@ def _rows(dataset: Any, columns: Sequence[str]) -> Iterator[Row]:
     if not columns:
         yield from ({} for _ in range(len(dataset)))
         return
+
     kind = require("datasets", extra="datasets").ClassLabel  # stored as numbers; missing labels are -1 or None
     features = {name: dataset.features[name] for name in columns}
     classes = {name: dict(enumerate(f.names)) for name, f in features.items() if isinstance(f, kind)}
+
     for batch in dataset.with_format("arrow").select_columns(list(columns)).iter(BATCH_ROWS):
         for row in batch.to_pylist():
             yield row | {name: names.get(row[name]) for name, names in classes.items()}

@@ -93,9 +93,11 @@ class WebdatasetSource:
     def __init__(self, location: str, settings: SourceSettings) -> None:
         settings.check_supported("webdataset")
         self._settings = settings
+
         written = location.split(SHARD_SEPARATOR)
         if not all(written):
             raise SourceError(f"{location}: expected a path on both sides of {SHARD_SEPARATOR}, got nothing on one")
+
         parts = [str(open_path(part).absolute()) for part in written]
         self._location = SHARD_SEPARATOR.join(parts)
         self._shards = [shard for part in parts for shard in _find_shards(part)]
@@ -109,6 +111,7 @@ class WebdatasetSource:
     def samples(self) -> Iterator[Sample]:
         """Iterate over all samples. Memory holds one sample."""
         self.skipped.clear()
+
         for shard in self._shards:
             yield from self._samples_of(shard)
 
@@ -118,12 +121,16 @@ class WebdatasetSource:
     def _samples_of(self, shard: Path) -> Iterator[Sample]:
         path = relative_to(str(self._root), str(shard))
         split = split_from_path(path)
+
         with reading(shard), open_tar(shard) as tar:
             for key, group in groupby(_files(iter_members(tar, str(shard))), key=itemgetter(0)):
                 sample = self._sample(tar, path, key, group)
+
+                # Shards of each split are numbered from 0, so keys need the split to be unique.
                 if split:
                     columns = {"split": split, **sample.columns}
                     sample = replace(sample, key=f"{split}/{sample.key}", columns=columns)
+
                 yield sample
 
     def _sample(self, tar: BinaryIO, path: str, key: str, files: Iterable[_File]) -> Sample:
@@ -131,6 +138,8 @@ class WebdatasetSource:
         items: dict[str, list[FileItem]] = {}
         sidecar_files = {}
         columns: Mapping[str, Scalar] = {}
+
+        # Media stay in the tar as ranges; only captions and labels are read here.
         for _, suffix, offset, length in files:
             if suffix in _MODALITIES:
                 item = FileItem(path=path, offset=offset, length=length)
@@ -143,8 +152,10 @@ class WebdatasetSource:
                 columns = _label(tar.read(length), key)
             else:
                 self.skipped[_skipped_kind(suffix)] += 1
+
         sidecar = read_sidecar(sidecar_files, key)
         found = {name: tuple(members) for name, members in items.items()}
+
         return Sample(
             key=sidecar.key or key,
             images=found.get("image", ()),
@@ -203,13 +214,17 @@ def _find_shards(part: str) -> list[Path]:
         if not shards:
             raise PathError(f"{part}: expected .tar files, got none; check the path")
         return shards
+
+    # One more than the limit is enough to tell that a pattern is too long.
     paths = list(islice(expand_braces(part), _MAX_SHARDS + 1))
     if len(paths) > _MAX_SHARDS:
         raise SourceError(f"{part}: expected at most {_MAX_SHARDS:,} shards, got more; name fewer")
+
     shards = [open_path(path) for path in paths]
     for shard in (shards[0], shards[-1]):  # a wrong range is named at once, without a request for each shard
         if file_size(shard) is None:
             raise PathError(f"expected a shard, got no file at {shard}; check the path")
+
     return shards
 
 
@@ -236,11 +251,15 @@ def iter_members(tar: BinaryIO, location: str) -> Iterator[Member]:
     while (header := _read(tar, offset, BLOCK_BYTES)) != _ZERO_BLOCK:
         if len(header) < BLOCK_BYTES:
             raise _damaged(location, f"the file ends at offset {offset}, where a header was expected")
+
         member, after = _plain_member(tar, offset, header) or _other_member(tar, location, offset)
+
+        # A size that leads backwards would loop for ever.
         if after <= offset:
             raise _damaged(location, f"the header at offset {offset} has no valid size")
         if after > size:
             raise _damaged(location, f"the member at offset {offset} ends {after - size} bytes after the file")
+
         offset = after
         if member is not None:
             yield member
@@ -265,13 +284,17 @@ def _plain_member(tar: BinaryIO, offset: int, header: bytes) -> tuple[Member, in
         records = _read(tar, offset + BLOCK_BYTES, size)
         if _OVERRIDES.search(records):
             return None
+
+        # The other records say nothing that is needed; the header of the file follows them.
         offset += BLOCK_BYTES + _padded(size)
         header = _read(tar, offset, BLOCK_BYTES)
         kind = header[156:157]
+
     size = _size(header)
     name = _name(header)
     if kind not in {b"0", b"\0"} or size is None or name is None or not _has_valid_checksum(header):
         return None
+
     start = offset + BLOCK_BYTES
     return Member(name, start, size), start + _padded(size)
 
@@ -318,10 +341,12 @@ def _other_member(tar: BinaryIO, location: str, offset: int) -> tuple[Member | N
             after = archive.offset
     except (tarfile.TarError, RecursionError) as error:  # it calls itself for every extended header before a member
         raise _damaged(location, f"{error} at offset {offset}") from None
+
     if info is None:
         raise _damaged(location, f"no valid header at offset {offset}")
     if info.issparse():
         raise _damaged(location, f"{info.name} is a sparse file; create the tar without --sparse")
+
     if not info.isreg():
         return None, after
     return Member(check_utf8_name(info.name, location), info.offset_data, info.size), after
@@ -342,12 +367,16 @@ class ByteRanges:
         """
         with reading(path, error_class=ItemError):
             check_read_allowed(path, length)
+
+            # Remote files are shared by all threads, and a read moves their position.
             if is_remote(path):
                 with self._lock:
                     data = _read(self._open_remote(path), offset, length)
             else:
                 with path.open("rb") as file:
                     data = _read(file, offset, length)
+
         if len(data) < length:
             raise ItemError(f"truncated tar: {path} ends {length - len(data)} bytes before the image does")
+
         return data
