@@ -63,6 +63,8 @@ def open_encoders(job: ExtractJob, device: str) -> "list[Encoders]":
     if source is None and any(MODALITIES[modality].kind == "files" for modality in job.encoders):
         with trust_files():  # the process that made the job has opened this source
             source = open_below(job.source, job.places)
+
+    # Checked before any encoder is opened, as opening downloads weights.
     for modality in job.encoders:
         _check_has_items(cache, modality)
 
@@ -72,6 +74,7 @@ def open_encoders(job: ExtractJob, device: str) -> "list[Encoders]":
         for spec in map(EncoderSpec.parse, texts):
             encoder_settings = _encoder_settings(cache, settings, modality, spec, device)
             opened[modality].append((spec, open_encoder(spec, modality=modality, settings=encoder_settings)))
+
     known = {name for encoders in opened.values() for _, encoder in encoders for name in encoder.features}
     for name in settings.features:
         if name not in known:
@@ -80,13 +83,16 @@ def open_encoders(job: ExtractJob, device: str) -> "list[Encoders]":
     views = [open_view(name) for name in settings.views]
     gate = open_gate(device, settings.num_threads)
     producers = []
+
     for modality, encoders in opened.items():
         folders = []
+
         for spec, encoder in encoders:
             executor = ThreadPoolExecutor(1, thread_name_prefix=spec.folder)
             for view in [None, *(view for view in views if view.modality == modality)]:
                 target = _create_target(cache, spec, encoder, view, settings)
                 folders.append(FolderEncoder(encoder=encoder, target=target, view=view, executor=executor, gate=gate))
+
         producers.append(
             Encoders(
                 cache=cache,
@@ -112,10 +118,12 @@ def _encoder_settings(
     """Return how an encoder runs: what is `auto` is as recorded with its features, or else as the job says."""
     settings = replace_fields(job_settings.encoder, device=device, features=job_settings.features)
     stored = find_group(cache.path, modality, spec.folder, cache.info)
+
     if stored is None:
         recorded = {"backend": AUTO, "device": device, "precision": auto_precision(spec, device)}
     else:
         recorded = recorded_settings(stored.fingerprint, device)
+
     if settings.backend == AUTO:
         settings = replace_fields(settings, backend=recorded["backend"], device=recorded["device"])
     return replace_fields(settings, precision=recorded["precision"]) if settings.precision == AUTO else settings
@@ -139,12 +147,15 @@ def _create_target(
     )
     names = [name for name in dict.fromkeys(settings.features) if name in encoder.features]
     outputs = {}
+
     for name in names or getattr(encoder, "defaults", None) or [next(iter(encoder.features))]:
         dtype: str = getattr(encoder, "dtypes", {}).get(name, settings.dtype)
         axis: Axis | None = getattr(encoder, "axes", {}).get(name)
         if axis is not None and view is not None:  # a crop or a flip: the grid no longer covers the stored box
             axis = replace_fields(axis, box=None)
+
         outputs[name] = Output(encoder.features[name], dtype, axis)
+
     return Target(group=group, outputs=outputs)
 
 
@@ -161,9 +172,11 @@ def reopen_encoders(
     source = None if is_text else reopen_source(cache.info.source, cache.info.index_digest)
     fingerprint: Mapping[str, Any] = group.fingerprint
     settings = EncoderSettings(**recorded_settings(fingerprint, device), features=tuple(features))
+
     with names_from(group.path):
         encoder = open_encoder(group.spec, modality=MODALITIES[group.modality].name, settings=settings)
     view = reopen_view(fingerprint["view"], group.view) if "view" in fingerprint else None
+
     target = Target(group=group, outputs={name: Output.of(Feature(group, name)) for name in features})
     folder = FolderEncoder(
         encoder=encoder, target=target, view=view, executor=ThreadPoolExecutor(1), gate=nullcontext()
@@ -297,11 +310,13 @@ class BatchBuffer:
         rows, running = self._running
         self._running = None
         encoded = running.result()
+
         for name, items in self.features.items():
             for row, item in zip(rows, encoded[name], strict=True):
                 stored = self.encoder.cast(name, item)
                 items[row] = stored
                 self._num_bytes += stored.nbytes
+
         self._num_encoded += len(rows)
         self._check_memory()
 
@@ -313,6 +328,7 @@ class BatchBuffer:
         item_bytes = self._num_bytes / self._num_encoded
         if num_items * item_bytes <= _MAX_CHUNK_BYTES or group.has_commits:
             return
+
         chunk_size = 2 ** int(log2(max(_MAX_CHUNK_BYTES / item_bytes, 1)))
         size = min(chunk_size, self._num_rows)
         got = f"{self._num_rows:,} items of {format_bytes(round(item_bytes))} of {group.name}"
@@ -383,6 +399,7 @@ class Encoders:
             for task, group in groupby(stream, key=itemgetter(0)):
                 buffers = self._open_buffers(task)
                 loaded = []
+
                 for row, (_, item) in enumerate(group):
                     for buffer, inputs in zip(buffers, item.inputs, strict=True):
                         if inputs is not None:
@@ -390,6 +407,7 @@ class Encoders:
                     loaded.append(replace(item, inputs=[]))
                     item.inputs.clear()  # the last item stays referenced while the chunk is committed
                     progress.advance(1)
+
                 yield ComputedChunk(task, partial(_finish, buffers, loaded))
 
     def _list_files(self, tasks: Iterable[ChunkTask]) -> Iterator[tuple[ChunkTask, FileItem | str]]:
