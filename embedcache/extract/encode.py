@@ -64,7 +64,7 @@ def open_encoders(job: ExtractJob, device: str) -> "list[Encoders]":
         with trust_files():  # the process that made the job has opened this source
             source = open_below(job.source, job.places)
 
-    # Checked before any encoder is opened, as opening downloads weights.
+    # Checked before any encoder is opened, as opening may download weights.
     for modality in job.encoders:
         _check_has_items(cache, modality)
 
