@@ -4,9 +4,9 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property, partial, reduce
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, BinaryIO, Unpack
 
 import numpy as np
 import pyarrow as pa
@@ -50,7 +50,13 @@ class VectorExportReport:
 
     Args:
         num_rows: number of rows, one per sample.
-        left_out: what of the cache the rows do not hold, in a few words; empty if nothing.
+        left_out: samples and items of the cache that are not in the rows, in a few words; empty if none.
+
+    Example:
+        >>> import embedcache
+        >>> report = embedcache.export_vectors("parquet", "cache", "captions.parquet", modality="text")
+        >>> report.line()
+        "captions.parquet: 40 rows; left out: 1 caption beyond a sample's first"
     """
 
     path: Path
@@ -76,8 +82,8 @@ def export_vectors(
 ) -> VectorExportReport:
     """Write the vectors of a cache, with keys, captions and columns, for another tool; whole or not at all.
 
-    A row is a sample that has a vector of each exported modality, that of its first item. Memory: the sample of each
-    item, and a block of 32,768 rows.
+    A row is a sample that has a vector of each exported modality. It has the vector of the sample's first item.
+    Memory: the sample of each item, and a block of 32,768 rows.
 
     Args:
         format_name: `clip-retrieval`, `npy` or `parquet`.
@@ -85,7 +91,14 @@ def export_vectors(
         out: a new `.parquet` file for `parquet`, else a new folder.
         settings: features, run, selection, condition.
         progress: progress in rows.
-        options: settings by their names on the command line, which replace those of `settings`.
+        options: settings by their names on the command line, which replace the values of `settings`.
+
+    Example:
+        >>> import embedcache, numpy
+        >>> embedcache.export_vectors("npy", "cache", "arrays").num_rows
+        39
+        >>> numpy.load("arrays/text.npy").shape
+        (39, 32)
 
     Raises:
         UnknownNameError: there is no such format, feature or language.
@@ -102,11 +115,13 @@ def export_vectors(
     }
     if format_name not in writers:
         raise unknown_name("export format", format_name, writers)
+
     allowed = ARRAYS if format_name == "clip-retrieval" else VECTOR_COLUMNS
     settings = merge_settings(VectorExportSettings, settings, options)
     export = VectorExport(cache, settings, allowed=tuple(allowed.values()))
-    num_rows, out = len(export.samples), Path(out)
 
+    out = Path(out)
+    num_rows = len(export.samples)
     progress = to_progress(progress)
     progress.start("writing", num_rows, "rows")
     writers[format_name](export, out, progress)
@@ -121,20 +136,28 @@ def _write_parquet(export: "VectorExport", path: Path, progress: Progress) -> No
 
     def tables() -> Iterator[pa.Table]:
         for table, vectors in export.rows(slice(0, len(export.samples)), progress):
-            columns = dict(zip(table.column_names, table.columns, strict=True))
             for modality, vectors_BD in vectors.items():
                 components = pa.array(vectors_BD.reshape(-1))
-                columns[f"{modality}_vector"] = pa.FixedSizeListArray.from_arrays(components, vectors_BD.shape[1])
-            yield pa.table(columns)
+                lists = pa.FixedSizeListArray.from_arrays(components, vectors_BD.shape[1])
+                table = _set_column(table, f"{modality}_vector", lists)
+            yield table
 
     with new_output(path) as temporary:
         _write_tables(temporary, tables(), export.record)
+
+
+def _set_column(table: pa.Table, name: str, values: Any) -> pa.Table:
+    """Return a table with a column, in the place of an earlier one of that name, or else as the last."""
+    if name in table.column_names:
+        return table.set_column(table.schema.get_field_index(name), name, values)
+    return table.append_column(name, values)
 
 
 def _write_npy(export: "VectorExport", folder: Path, progress: Progress) -> None:
     """Write a `.npy` per modality, as it is in the cache, and `rows.parquet`."""
     num_rows = len(export.samples)
     with building(folder) as temporary:
+        # The header of a .npy file has the number of its rows, which is known before the first is written.
         arrays = {modality: temporary / f"{modality}.npy" for modality in export.modalities}
         rows = export.rows(slice(0, num_rows), progress)
         _write_arrays(temporary / "rows.parquet", arrays, rows, num_rows, export.record)
@@ -145,20 +168,23 @@ def _write_clip_retrieval(export: "VectorExport", folder: Path, progress: Progre
 
         img_emb/img_emb_00.npy  text_emb/text_emb_00.npy  metadata/metadata_00.parquet
 
-    Row i of all files with one number describes one sample. Vectors have length 1: a row whose length differs by more
-    than 0.001 is scaled, others are kept as they are, so that an import of such files is exported bit for bit.
+    Row i of all files with one number describes one sample. Vectors have length 1. A row whose length differs by more
+    than 0.001 is scaled, and other rows are kept as they are, so that an import of such files is exported bit for bit.
     """
     names = {modality: name for name, modality in ARRAYS.items() if modality in export.modalities}
     parts = list(blocks(len(export.samples), _ROWS_PER_FILE))
+    # clip-retrieval sorts files by name, so all numbers have as many digits.
     digits = int(math.log10(len(parts))) + 1
+
     with building(folder) as temporary:
         for name in (*names.values(), "metadata"):
             (temporary / name).mkdir()
         for number, rows in enumerate(parts):
-            arrays = {mod: temporary / name / f"{name}_{number:0{digits}d}.npy" for mod, name in names.items()}
-            table = temporary / "metadata" / f"metadata_{number:0{digits}d}.parquet"
-            in_its_form = map(_to_clip_retrieval, export.rows(rows, progress))
-            _write_arrays(table, arrays, in_its_form, rows.stop - rows.start, export.record)
+            suffix = f"{number:0{digits}d}"
+            arrays = {modality: temporary / name / f"{name}_{suffix}.npy" for modality, name in names.items()}
+            table = temporary / "metadata" / f"metadata_{suffix}.parquet"
+            unit_rows = map(_to_clip_retrieval, export.rows(rows, progress))
+            _write_arrays(table, arrays, unit_rows, rows.stop - rows.start, export.record)
 
 
 def _to_clip_retrieval(rows: "_Rows") -> "_Rows":
@@ -166,14 +192,17 @@ def _to_clip_retrieval(rows: "_Rows") -> "_Rows":
     table, vectors = rows
     for name in ("image_path", "caption"):
         if name in table.column_names:
-            table = table.set_column(table.schema.get_field_index(name), name, pc.fill_null(table[name], ""))
-    unit = {}
+            table = _set_column(table, name, pc.fill_null(table[name], ""))
+
+    unit_vectors = {}
     for modality, vectors_BD in vectors.items():
+        # Lengths in float32: squares of float16 lose digits.
         lengths_B = np.linalg.norm(vectors_BD.astype(np.float32), axis=1)
         is_off_B = np.abs(lengths_B - 1) > _UNIT_TOLERANCE
-        unit[modality] = vectors_BD.copy()
-        unit[modality][is_off_B] = normalize(vectors_BD[is_off_B])
-    return table, unit
+        unit_BD = vectors_BD.copy()
+        unit_BD[is_off_B] = normalize(vectors_BD[is_off_B])
+        unit_vectors[modality] = unit_BD
+    return table, unit_vectors
 
 
 _Rows = tuple[pa.Table, dict[Modality, Array]]
@@ -187,18 +216,23 @@ def _write_arrays(
     with ExitStack() as stack:
         files = {modality: stack.enter_context(path.open("wb")) for modality, path in arrays.items()}
 
+        # Vectors are written while the table is, so that a block is read once.
         def tables() -> Iterator[pa.Table]:
             for part, vectors in rows:
                 for modality, vectors_BD in vectors.items():
-                    file = files[modality]
-                    if not file.tell():
-                        descr = vectors_BD.dtype.newbyteorder("<").str
-                        header = {"descr": descr, "fortran_order": False, "shape": (num_rows, vectors_BD.shape[1])}
-                        npy_format.write_array_header_1_0(file, header)
-                    file.write(vectors_BD.tobytes())
+                    _append_rows(files[modality], vectors_BD, num_rows)
                 yield part
 
         _write_tables(table, tables(), record)
+
+
+def _append_rows(file: BinaryIO, vectors_BD: Array, num_rows: int) -> None:
+    """Append vectors to a `.npy` file, after its header if it is empty."""
+    if not file.tell():
+        descr = vectors_BD.dtype.newbyteorder("<").str
+        header = {"descr": descr, "fortran_order": False, "shape": (num_rows, vectors_BD.shape[1])}
+        npy_format.write_array_header_1_0(file, header)
+    file.write(vectors_BD.tobytes())
 
 
 def _write_tables(path: Path, tables: Iterator[pa.Table], record: Mapping[str, Any]) -> None:
@@ -207,6 +241,7 @@ def _write_tables(path: Path, tables: Iterator[pa.Table], record: Mapping[str, A
     schema = first.schema.with_metadata(to_metadata(add_digest(record)))
     with pq.ParquetWriter(path, schema, write_page_checksum=True) as writer:
         writer.write_table(first.cast(schema))
+        # Every block gets the schema of the first one, with its metadata.
         for table in tables:
             writer.write_table(table.cast(schema))
 
@@ -214,8 +249,8 @@ def _write_tables(path: Path, tables: Iterator[pa.Table], record: Mapping[str, A
 class VectorExport:
     """The rows of an export, in the order of the cache: samples that have a vector of each exported modality.
 
-    A row holds a sample's first item of each modality; `left_out` describes what the rows do not hold. Memory: the
-    sample of each item, and a block of each table.
+    A row has a sample's first item of each modality. `left_out` describes the samples and items that are in no row.
+    Memory: the sample of each item, and a block of each table.
 
     Args:
         cache_path: path or URL of the cache.
@@ -238,19 +273,20 @@ class VectorExport:
         allowed: Sequence[Modality] = tuple(VECTOR_COLUMNS.values()),
     ) -> None:
         self.cache = Cache(cache_path)
-        self._settings = settings = settings or VectorExportSettings()
-        self._vectors = _open_exported(self.cache, settings, allowed)
-        self._items = {
-            modality: _first_items(self._samples_of[modality], self._is_usable(modality)) for modality in self._vectors
-        }
-        requested_S = np.setdiff1d(np.arange(len(self.cache)), self.cache.removed, assume_unique=True)
-        chosen_S = samples_within([self.cache], settings.selection, settings.where)
-        if chosen_S is not None:
-            requested_S = chosen_S
+        self._settings = settings or VectorExportSettings()
+        self._vectors = _open_exported(self.cache, self._settings, allowed)
+        requested_S = samples_within([self.cache], self._settings.selection, self._settings.where)
+        if requested_S is None:
+            requested_S = np.setdiff1d(np.arange(len(self.cache)), self.cache.removed, assume_unique=True)
         self._num_requested = len(requested_S)
-        with_vectors = [samples for samples, _ in self._items.values()]
-        self.samples: Ints = reduce(partial(np.intersect1d, assume_unique=True), with_vectors, requested_S)
+
+        # A sample without a usable item of one modality has no row.
+        self._items = {}
+        self.samples: Ints = requested_S
         """(S,) int64 rows of the cache's samples, ascending."""
+        for modality in self._vectors:
+            self._items[modality] = _first_items(self._samples_of[modality], self._is_usable(modality))
+            self.samples = np.intersect1d(self.samples, self._items[modality][0], assume_unique=True)
         if not len(self.samples):
             raise DataError(
                 f"{self.cache.path}: expected samples with {' and '.join(self._vectors)} vectors, got none among "
@@ -264,14 +300,18 @@ class VectorExport:
 
     @property
     def left_out(self) -> str:
-        """What of the cache the rows do not hold, in a few words; empty if nothing."""
+        """The samples and items of the cache that are in no row, in a few words; empty if there are none."""
+        parts = []
         num_samples = self._num_requested - len(self.samples)
-        parts = [f"{pluralize(num_samples, 'sample')} without a vector"] * bool(num_samples)
+        if num_samples:
+            parts.append(f"{pluralize(num_samples, 'sample')} without a vector")
+
         for modality in self.modalities:
-            items = self._samples_of[modality][self._is_usable(modality)]
-            num_items = int(np.isin(items, self.samples).sum()) - len(self.samples)
-            counted = pluralize(num_items, "caption") if modality == "text" else count_items(num_items, modality)
-            parts += [f"{counted} beyond a sample's first"] * bool(num_items)
+            item_samples = self._samples_of[modality][self._is_usable(modality)]
+            num_items = int(np.isin(item_samples, self.samples).sum()) - len(self.samples)
+            if num_items:
+                counted = pluralize(num_items, "caption") if modality == "text" else count_items(num_items, modality)
+                parts.append(f"{counted} beyond a sample's first")
         return ", ".join(parts)
 
     @property
@@ -279,14 +319,13 @@ class VectorExport:
         """Provenance as JSON values: the cache, its rows, and the encoder of each feature."""
         features = {}
         for modality, vectors in self._vectors.items():
-            names = ("name", "spec", "fingerprint")
-            features[modality] = {name: getattr(vectors.feature, name) for name in names}
-        run = self._settings.run and str(self._settings.run)
+            feature = vectors.feature
+            features[modality] = {"name": feature.name, "spec": feature.spec, "fingerprint": feature.fingerprint}
         return {
             "cache": str(self.cache.path),
             "index_digest": self.cache.info.index_digest,
             "features": features,
-            "run": run,
+            "run": self._settings.run and str(self._settings.run),
         }
 
     def rows(self, rows: slice, progress: Progress) -> Iterator[_Rows]:
@@ -299,14 +338,15 @@ class VectorExport:
     def _read(self, modality: Modality, rows: slice) -> Array:
         """Return vectors as stored, or float16 of length 1 if a run projects them."""
         item_rows = self._item_rows(modality, rows)
+        vectors = self._vectors[modality]
         if self._settings.run is None:
-            return self._vectors[modality].feature.read(item_rows).values
-        return self._vectors[modality].read(item_rows).astype(np.float16)
+            return vectors.feature.read(item_rows).values
+        return vectors.read(item_rows).astype(np.float16)
 
     def table(self, rows: slice) -> pa.Table:
-        """Return `key`, and where they exist `image_path`, `caption`, `language`, and all columns of some rows.
+        """Return `key`, then as far as they exist `image_path`, `caption`, `language`, and all columns of some rows.
 
-        Recordings are in `audio_path` and so on, with `start_s` and `stop_s`. Fast for rows that ascend from call to
+        Other files are in `audio_path` and so on, with `start_s` and `stop_s`. Fast for rows that ascend from call to
         call.
         """
         samples = self._readers[SAMPLES].take(self.samples[rows])
@@ -315,13 +355,18 @@ class VectorExport:
             if MODALITIES[modality].kind == "files":
                 items = self._readers[modality].take(self._item_rows(modality, rows))
                 columns[f"{modality}_path"] = self._paths(items)
-                columns |= {name: items[name] for name in INTERVAL_NAMES if MODALITIES[modality].has_interval}
+                if MODALITIES[modality].has_interval:
+                    columns |= {name: items[name] for name in INTERVAL_NAMES}
+
         if "text" in self._readers:
             captions = self._captions(rows)
             columns["caption"] = captions["text"]
             columns["language"] = captions["language"]
-        others = [name for name in samples.column_names if name not in columns]
-        return pa.table({**columns, **{name: samples[name] for name in others}})
+
+        # A column of the user does not replace one of ours.
+        for name, values in zip(samples.column_names, samples.columns, strict=True):
+            columns.setdefault(name, values)
+        return pa.table(columns)
 
     @cached_property
     def _readers(self) -> Mapping[str, RowReader]:
@@ -330,16 +375,18 @@ class VectorExport:
     @cached_property
     def _samples_of(self) -> Mapping[str, Ints]:
         """Sample of each item of a modality, ascending: (N,) int64."""
-        return {
-            modality: self.cache.items(modality, columns=["sample"])["sample"].to_numpy()
-            for modality in self.cache.info.num_items
-        }
+        samples = {}
+        for modality in self.cache.info.num_items:
+            samples[modality] = self.cache.items(modality, columns=["sample"])["sample"].to_numpy()
+        return samples
 
     def _is_usable(self, modality: str) -> Bools:
         """Return which items have a vector and the requested language: (N,) bool."""
         is_usable_N = np.ones(self.cache.info.num_items[modality], bool)
         if modality in self._vectors:
             is_usable_N &= self._vectors[modality].feature.valid
+
+        # A language selects captions. Items of other modalities have none.
         language = self._settings.language
         if modality == "text" and language not in (None, ANY_LANGUAGE):
             is_usable_N &= is_language([self.cache], str(language))
@@ -352,32 +399,40 @@ class VectorExport:
 
     def _captions(self, rows: slice) -> pa.Table:
         """Return the caption of each row, null if the sample has none."""
-        samples, first = self._first_captions
-        position = np.minimum(np.searchsorted(samples, self.samples[rows]), len(samples) - 1)
-        has_caption = samples[position] == self.samples[rows]
-        captions = self._readers["text"].take(first[position][has_caption])
-        return captions.take(pa.array(np.cumsum(has_caption) - 1, mask=~has_caption))
+        samples, caption_rows = self._first_captions
+        position_B = np.minimum(np.searchsorted(samples, self.samples[rows]), len(samples) - 1)
+        has_caption_B = samples[position_B] == self.samples[rows]
+
+        # Captions are read once for each row that has one; the others take a null.
+        captions = self._readers["text"].take(caption_rows[position_B][has_caption_B])
+        return captions.take(pa.array(np.cumsum(has_caption_B) - 1, mask=~has_caption_B))
 
     @cached_property
     def _first_captions(self) -> tuple[Ints, Ints]:
         return self._items.get("text") or _first_items(self._samples_of["text"], self._is_usable("text"))
 
     def _paths(self, items: pa.Table) -> pa.ChunkedArray:
-        """Return absolute paths where the items are files, URLs as they are; otherwise the stored paths."""
-        paths, root = items["path"], _file_root(self.cache.info.source)
+        """Return absolute paths if the items are files, URLs as they are; otherwise the stored paths."""
+        paths = items["path"]
+        root = _file_root(self.cache.info.source)
         if not root:
             return paths
-        is_whole = pc.match_substring_regex(paths, f"^(/|$|{URL_PATTERN})")  # a removed sample has an empty path
+        # A removed sample has an empty path.
+        is_whole = pc.match_substring_regex(paths, f"^(/|$|{URL_PATTERN})")
         return pc.if_else(is_whole, paths, pc.utf8_replace_slice(paths, 0, 0, f"{root}/"))
 
 
 def _file_root(source: Mapping[str, Any]) -> str:
     """Return the local folder that a source's paths of files are relative to; empty if there is none."""
-    kind, path = str(source.get("type", "")), str(source.get("path", ""))
+    kind = str(source.get("type", ""))
+    path = str(source.get("path", ""))
     root = str(source.get("settings", {}).get("root", "")) if kind == "coco" else path
-    of_class = kind in SOURCES and getattr(SOURCES.load(kind), "items_are_files", False)
-    if not of_class or is_url(root):
+    # Items of an archive or a data set are members, not files.
+    has_files = kind in SOURCES and getattr(SOURCES.load(kind), "items_are_files", False)
+    if not has_files or is_url(root):
         return ""
+
+    # The table may be gone by now, so its kind decides unless a folder is there.
     is_file = Path(root).is_file() or (kind in _OF_ONE_FILE and not Path(root).is_dir())
     return str(Path(root).parent) if is_file else root
 
@@ -388,31 +443,37 @@ def _open_exported(
     """Open the vectors of the requested modalities that the cache has features of.
 
     Raises:
-        SettingError: the requested modality is not one of those allowed.
+        SettingError: the requested modality is not one of `allowed`.
         DataError: the cache has no features of them.
         UnknownNameError: there is no feature of a name.
     """
     if settings.modality not in (None, *allowed):
         raise SettingError(f"modality: expected {' or '.join(allowed)} for this format, got {settings.modality}")
     requested = [modality for modality in allowed if settings.modality in (None, modality)]
-    modalities = [modality for modality in requested if cache.features(modality)]
+    modalities = list(filter(cache.features, requested))
     if settings.run is not None:
-        run = Run.open(settings.run, kind=PAIR)
-        modalities = [modality for modality in modalities if modality in run.modalities]
+        # A run projects its own two modalities only.
+        run_modalities = Run.open(settings.run, kind=PAIR).modalities
+        modalities = [modality for modality in modalities if modality in run_modalities]
     if not modalities:
         raise DataError(f"{cache.path}: expected features of {' or '.join(requested)}, got none; check the cache")
-    features = {modality: "+".join(names) for modality, names in features_by_modality(cache, settings.features).items()}
-    for modality, name in features.items():
+
+    features = features_by_modality(cache, settings.features)
+    for modality, names in features.items():
         if modality not in modalities:
-            raise SettingError(f"feature: expected features of {' and '.join(modalities)}, got {name} of {modality}")
-    return {
-        modality: Vectors(cache, modality, features.get(modality), settings.run, device=settings.device)
-        for modality in modalities
-    }
+            raise SettingError(
+                f"feature: expected features of {' and '.join(modalities)}, got {'+'.join(names)} of {modality}"
+            )
+
+    vectors = {}
+    for modality in modalities:
+        name = "+".join(features[modality]) if modality in features else None
+        vectors[modality] = Vectors(cache, modality, name, settings.run, device=settings.device)
+    return vectors
 
 
 def _first_items(samples_N: Ints, is_usable_N: Bools) -> tuple[Ints, Ints]:
     """Return the samples that have a usable item, ascending, and the row of the first of each: two (S,) int64."""
     rows = np.flatnonzero(is_usable_N)
-    samples, first = np.unique(samples_N[rows], return_index=True)
-    return samples, rows[first]
+    samples, first_positions = np.unique(samples_N[rows], return_index=True)
+    return samples, rows[first_positions]

@@ -50,12 +50,27 @@ def import_vectors(
 ) -> list[FillReport]:
     """Write a normal cache of vectors that another tool computed.
 
-    Values are kept as they are, those of float64 as float32. The files are read twice: once for their SHA-256, once for
-    their rows. Committed chunks with correct checksums are reused, so an interrupted import resumes and a damaged chunk
-    is repaired. Memory: one chunk; while the samples are numbered, some 90 bytes of each.
+    Values are kept as they are, except that float64 becomes float32. The files are read twice: once for their SHA-256,
+    once for their rows. Committed chunks with correct checksums are reused, so an interrupted import resumes and a
+    damaged chunk is repaired. Memory: one chunk, and while the samples are numbered, some 90 bytes of each.
+
+    Args:
+        vectors: result of `open_vectors`.
+        cache: path of a new cache, or of the cache of an earlier import of the same files.
+        settings: model, columns of the table, chunk size.
+        progress: progress in files, then in items.
+        options: settings by their names on the command line, which replace the values of `settings`.
 
     Returns:
         One report per feature.
+
+    Example:
+        >>> import embedcache, numpy
+        >>> numpy.save("photos.npy", numpy.eye(100, 8, dtype=numpy.float16))
+        >>> vectors = embedcache.open_vectors("npy", files={"image": "photos.npy"})
+        >>> reports = embedcache.import_vectors(vectors, "imported", model="clip-vit-base-patch32")
+        >>> embedcache.Cache("imported").feature("image").load().shape
+        (100, 8)
 
     Raises:
         FingerprintError: the cache holds other files, or these with other bytes or options.
@@ -65,16 +80,20 @@ def import_vectors(
     """
     if not isinstance(vectors, VectorImport):
         raise SettingError(f"vectors: expected what open_vectors returns, got {vectors!r}; open them with open_vectors")
-    progress, settings = to_progress(progress), merge_settings(ImportSettings, settings, options)
+    progress = to_progress(progress)
+    settings = merge_settings(ImportSettings, settings, options)
     columns = _check_tables(vectors, settings)
-    path = open_path(cache)
     hashes = _hash_files(vectors, progress)
     source = _describe(vectors, hashes, settings.model, columns)
+
+    path = open_path(cache)
     if info_path(path).is_file():
-        stored = {**read_info(path).source, "path": source["path"]}  # files may have moved
+        # The files may have moved since, so only their content is compared.
+        stored = {**read_info(path).source, "path": source["path"]}
         check_same(f"cache {path}", stored, source, next_step=_NEXT_STEP)
     else:
         index(ImportedSamples(vectors, source, columns), path, chunk_size=settings.chunk_size, progress=progress)
+
     cache = Cache(path)
     remember(source, cache.info.index_digest)
     remove_partials(path)
@@ -91,12 +110,16 @@ def _check_tables(vectors: VectorImport, settings: ImportSettings) -> SourceSett
         caption_columns=settings.caption_columns,
         item_columns=settings.item_columns,
     )
+
     has_tables = any(group.table is not None for group in vectors.groups)
     if not has_tables and "text" in vectors.modalities.values():
         raise SettingError(f"{vectors.path}: text vectors need a table with their captions; name one with --table")
+
     if not has_tables and columns.to_json():
         option = next(iter(columns.to_json())).removesuffix("s")
         raise SettingError(f"{option}: expected vectors with a table, got none; name it, too")
+
+    # An item column without vectors of its modality would name files that nothing refers to.
     for modality in columns.item_columns:
         if modality not in vectors.modalities.values():
             raise SettingError(f"item_column: expected a modality of the imported vectors, got {modality}; omit it")
@@ -104,7 +127,8 @@ def _check_tables(vectors: VectorImport, settings: ImportSettings) -> SourceSett
 
 
 def _hash_files(vectors: VectorImport, progress: Progress) -> dict[str, str]:
-    """Return the SHA-256 of each file by its path relative to what the user named."""
+    """Return the SHA-256 of each file by its path relative to the folder that the user named."""
+    # Relative paths do not change when the whole folder moves.
     root = vectors.path if vectors.path.is_dir() else vectors.path.parent
     hashes = {}
     progress.start("hashing", len(vectors.files), "files")
@@ -136,9 +160,11 @@ def _import_feature(
     cache: Cache, vectors: VectorImport, name: str, source: Mapping[str, Any], progress: Progress
 ) -> FillReport:
     modality = vectors.modalities[name]
-    in_file, in_cache = vectors.dtypes(name)
-    if in_file != in_cache:
-        progress.note(f"{name}: {in_file} is stored as {in_cache}")
+    file_dtype, cache_dtype = vectors.dtypes(name)
+    if file_dtype != cache_dtype:
+        progress.note(f"{name}: {file_dtype} is stored as {cache_dtype}")
+
+    # The digest of the files stands for the weights of a model that is not known.
     fingerprint = {
         "family": IMPORTED,
         "model": source["model"] or "unknown",
@@ -153,6 +179,8 @@ def _import_feature(
     group = create_group(cache.path, modality, folder, cache.info, spec=f"{IMPORTED}:{folder}", fingerprint=fingerprint)
     producer = ImportedFeature(cache, vectors, name)
     add_feature(group, _FEATURE, *producer.outputs[_FEATURE][:2])
+
+    # Damaged chunks count as missing, so `fill` imports them again.
     _withdraw_damaged(group)
     report = fill(group, producer, progress=progress)
     if sum(report.failures.values()) == vectors.num_rows:
@@ -186,17 +214,20 @@ class ImportedFeature:
         self._next_row = vectors.num_rows
 
     def compute(self, rows: slice) -> ChunkFeatures:
-        """Return the vectors of a chunk; a vector that is not finite, and that of a blank caption, is left out."""
+        """Return the vectors of a chunk, without vectors that are not finite and vectors of blank captions."""
         vectors_BD = self._read(rows)
         is_finite_B: Bools = np.asarray(np.isfinite(vectors_BD).all(axis=1))
         failures: list[str | None] = [None if is_finite else _NO_VECTOR for is_finite in is_finite_B]
         contents = [vector.tobytes() for vector in vectors_BD]
 
+        # A caption is recognized by its text. Of other items only the vector is known.
         if self._vectors.modalities[self._name] == "text":
             chunk = rows.start // self._cache.info.chunk_size
-            texts = self._cache.items("text", chunk=chunk, columns=["text"])["text"].to_pylist()
-            contents = [text.encode() for text in texts]
-            failures = [failure if text.strip() else _EMPTY for text, failure in zip(texts, failures, strict=True)]
+            captions = self._cache.items("text", chunk=chunk, columns=["text"])["text"].to_pylist()
+            contents = list(map(str.encode, captions))
+            for position, caption in enumerate(captions):
+                if not caption.strip():
+                    failures[position] = _EMPTY
 
         values = [vector if reason is None else None for vector, reason in zip(vectors_BD, failures, strict=True)]
         return ChunkFeatures({_FEATURE: values}, list(map(hash_item, contents)), {_FEATURE: failures})
@@ -210,6 +241,8 @@ class ImportedFeature:
         if rows.start < self._next_row:
             self._chunks = _rechunk(self._vectors.blocks(self._name), self._cache.info.chunk_size)
             self._next_row = 0
+
+        # Chunks that are committed already are read and skipped.
         for vectors_BD in self._chunks:
             self._next_row += len(vectors_BD)
             if self._next_row == rows.stop:
@@ -227,9 +260,12 @@ def _rechunk(blocks: Iterator[Array], size: int) -> Iterator[Array]:
         waiting.append(block)
         if sum(map(len, waiting)) >= size:
             joined = np.concatenate(waiting)
-            whole = len(joined) // size * size
-            yield from (joined[start : start + size] for start in range(0, whole, size))
-            waiting = [joined[whole:].copy()]
+            num_whole = len(joined) // size * size
+            for start in range(0, num_whole, size):
+                yield joined[start : start + size]
+            # A copy, because a view would keep all of `joined` in memory.
+            waiting = [joined[num_whole:].copy()]
+
     if sum(map(len, waiting)):
         yield np.concatenate(waiting)
 
@@ -238,14 +274,16 @@ class ImportedSamples:
     """Samples of imported vectors, one per row: the source that numbers the rows of the cache.
 
     A key is the cell of the key column, otherwise the row number over all groups. A sample has an item of each modality
-    of the vectors, a file if a table names it. With text vectors it has one caption, "" if the cell is blank; without
-    text vectors, all captions in the table.
+    of the vectors, a file if a table names it. With text vectors it has one caption, which is empty if the cell is
+    blank. Without text vectors it has all captions in the table.
     """
 
     def __init__(self, vectors: VectorImport, description: Mapping[str, Any], settings: SourceSettings) -> None:
-        self._vectors, self._description, self._settings = vectors, description, settings
+        self._vectors = vectors
+        self._description = description
+        self._settings = settings
         self._modalities = set(vectors.modalities.values())
-        self._in_files: list[str] = [modality for modality in vectors.modalities.values() if modality != "text"]
+        self._file_modalities: list[str] = [name for name in vectors.modalities.values() if name != "text"]
 
     def describe(self) -> Mapping[str, Any]:
         """Return the description that the cache stores."""
@@ -267,7 +305,7 @@ class ImportedSamples:
         return ImportedSource(str(self._vectors.path), SourceSettings()).read(item)
 
     def _numbered_samples(self, group: FileGroup, first: int) -> Iterator[Sample]:
-        files = {modality: (FileItem(path=""),) for modality in self._in_files}
+        files = {modality: (FileItem(path=""),) for modality in self._file_modalities}
         images = files.pop("image", ())
         for number in range(first, first + group.num_rows):
             yield Sample(key=_KEY_FORMAT.format(number), images=images, files=files)
@@ -278,6 +316,7 @@ class ImportedSamples:
         columns = self._columns(file, group)
         count = 0
         for count, row in enumerate(file.rows(columns.to_read()), start=1):
+            # Rows beyond the vectors are counted only, for the error.
             if count <= group.num_rows:
                 yield self._sample(columns, row, first + count - 1, f"{group.table} row {count - 1:,}")
 
@@ -290,8 +329,10 @@ class ImportedSamples:
 
     def _columns(self, file: TableFile, group: FileGroup) -> TableColumns:
         """Return the roles of the columns of a table; items without vectors are columns like any other."""
-        in_table = {name for name, vectors in group.vectors.items() if vectors.path == group.table}
-        file = replace(file, schema=pa.schema([field for field in file.schema if field.name not in in_table]))
+        # Vectors in the table itself are not columns of its samples.
+        vector_names = {name for name, vectors in group.vectors.items() if vectors.path == group.table}
+        schema = pa.schema([field for field in file.schema if field.name not in vector_names])
+        file = replace(file, schema=schema)
         columns = assign_columns(file, self._settings)
         if "text" in self._modalities and not columns.captions:
             raise SourceError(
@@ -299,28 +340,34 @@ class ImportedSamples:
                 "--caption-column"
             )
 
-        items: dict[str, str] = {
-            modality: name for modality, name in columns.items.items() if modality in self._modalities
-        }
-        is_timed = any(MODALITIES[modality].has_interval for modality in items)
-        interval = columns.interval if is_timed else (None, None)
-        kept = {*columns.others, *columns.items.values(), *columns.interval} - {*items.values(), *interval}
-        others = tuple(name for name in file.plain_columns if name in kept)
+        items: dict[str, str] = {}
+        interval: tuple[str | None, str | None] = (None, None)
+        for modality, name in columns.items.items():
+            if modality in self._modalities:
+                items[modality] = name
+                if MODALITIES[modality].has_interval:
+                    interval = columns.interval
+
+        # Columns that have no role here, such as files of a modality without vectors, become columns of the samples.
+        plain_names = {*columns.others, *columns.items.values(), *columns.interval} - {*items.values(), *interval}
+        others = tuple(name for name in file.plain_columns if name in plain_names)
         return replace(columns, items=items, interval=interval, others=others)
 
     def _sample(self, columns: TableColumns, row: Row, number: int, place: str) -> Sample:
         items = {}
-        for modality in self._in_files:
+        for modality in self._file_modalities:
             path = row.get(columns.items.get(modality, ""))
             items[modality] = [(path if isinstance(path, str) else "", 0)]
         sample = read_sample(columns, row, place, key=_KEY_FORMAT.format(number), items=items)
         if "text" not in self._modalities:
             return sample
+
         if len(sample.texts) > 1:
             raise SourceError(
                 f"{place}: expected one caption per text vector, got {len(sample.texts)}; name the caption column "
                 "with --caption-column"
             )
+        # A blank caption keeps its row, so that rows of vectors and captions stay aligned.
         return sample if sample.texts else replace(sample, texts=(TextItem(text=""),))
 
 

@@ -14,17 +14,22 @@ _FEATURE_DEFAULT = "the run's, or the only one in the cache"
 
 
 class ImportSettings(Settings):
-    """Settings of an import: how vectors that another tool computed become a cache."""
+    """Settings of an import: how vectors that another tool computed become a cache.
 
-    model: str | None = setting(
-        None, "Description of the model that computed the vectors, for the record.", metavar="TEXT"
-    )
+    Example:
+        >>> from embedcache import ImportSettings
+        >>> settings = ImportSettings(model="clip-vit-base-patch32", key_column="uid")
+        >>> settings.key_column, settings.chunk_size
+        ('uid', None)
+    """
+
+    model: str | None = setting(None, "Model that computed the vectors, for the record.", metavar="TEXT")
     key_column: str | None = setting(
-        None, "Table column that holds the keys of samples.", default_text="key, id or uid", metavar="COLUMN"
+        None, "Table column with the keys of samples.", default_text="key, id or uid", metavar="COLUMN"
     )
     caption_columns: tuple[str, ...] = setting(
         (),
-        "Table column that holds captions. May be repeated.",
+        "Table column with captions. May be repeated.",
         flat_name="caption_column",
         default_text="caption, text or sentence",
         metavar="COLUMN",
@@ -41,7 +46,13 @@ class ImportSettings(Settings):
 
 
 class VectorExportSettings(Settings):
-    """Settings of an export of vectors: which ones, and of which samples."""
+    """Settings of an export of vectors: which vectors, and of which samples.
+
+    Example:
+        >>> from embedcache import VectorExportSettings
+        >>> VectorExportSettings(modality="text", language="en").modality
+        'text'
+    """
 
     features: tuple[str, ...] = setting(
         (),
