@@ -24,7 +24,7 @@ from embedcache.runs import PAIR, Run
 
 
 class _Tokens(list[Array]):
-    """Token ids of several texts of different lengths, in place of the tensor that CLIP_benchmark passes on."""
+    """Token ids of several captions of different lengths, in place of the tensor that CLIP_benchmark passes on."""
 
     def to(self, _: Any) -> "_Tokens":
         """Return the same object, because encoders take their input from the CPU."""
@@ -38,7 +38,9 @@ class _RunModel:
     """
 
     def __init__(self, image: ProjectedEncoder, text: ProjectedEncoder, device: str) -> None:
-        self._image, self._text, self._device = image, text, device
+        self._image = image
+        self._text = text
+        self._device = device
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Encode images prepared by `transform`: (B, 3, H, W) -> (B, P) float32, rows of length 1."""
@@ -80,6 +82,7 @@ def load_clip_benchmark(
         SettingError: the device does not exist.
     """
     del model_name, cache_dir
+
     device = str(torch_device(str(device)))
     run = Run.open(pretrained, kind=PAIR, device=device)
     image = open_projected_encoder("image", run)
@@ -99,8 +102,10 @@ def register() -> None:
     """
     models = require("clip_benchmark.models", package="clip-benchmark")
     models.TYPE2FUNC[MODEL] = load_clip_benchmark
+    # A second registration in the same process changes nothing.
     if MODEL not in models.MODEL_TYPES:
         models.MODEL_TYPES.append(MODEL)
+
     for name in ("zeroshot_classification", "linear_probe"):
         vars(require(f"clip_benchmark.metrics.{name}", package="clip-benchmark"))["accuracy"] = top_k_accuracy
 
@@ -112,7 +117,7 @@ def top_k_accuracy(output: Tensor, target: Tensor, topk: Sequence[int] = (1,)) -
 
 
 def load_mteb(run: AnyPath, *, device: str = AUTO) -> "MtebModel":
-    """Open a run as a model of mteb: it encodes what a task has with the run's encoders and projectors.
+    """Open a run as a model of mteb, which encodes the items of a task with the run's encoders and projectors.
 
     Raises the errors of `embedcache.load`, and `MissingExtraError` if mteb is not installed.
     """
@@ -132,20 +137,23 @@ class MtebModel:
     """A trained pair with the methods that mteb calls; create it with `load_mteb`."""
 
     def __init__(self, model: Model, meta: Any) -> None:
-        self.model, self.mteb_model_meta = model, meta
+        self.model = model
+        self.mteb_model_meta = meta
 
     def encode(self, inputs: Any, **_: Any) -> Floats:
         """Embed the items of a data loader of mteb, images or texts: (N, P) float32, rows of length 1.
 
         Raises `DataError` for items of both modalities, or of another one.
         """
+        # A task without items has an empty array of the right width.
         parts = [np.empty((0, self.model.width), np.float32)]
         for batch in inputs:
-            given = [name for name in ("image", "text", "audio", "video") if name in batch]
-            if given not in (["image"], ["text"]):
-                raise DataError(f"mteb: expected items with an image or a text, got {' and '.join(given) or 'neither'}")
-            encode = self.model.encode_image if given == ["image"] else self.model.encode_text
-            parts.append(encode(list(batch[given[0]])))
+            modalities = [name for name in ("image", "text", "audio", "video") if name in batch]
+            if modalities not in (["image"], ["text"]):
+                items = " and ".join(modalities) or "neither"
+                raise DataError(f"mteb: expected items with an image or a text, got {items}")
+            encode = self.model.encode_image if modalities == ["image"] else self.model.encode_text
+            parts.append(encode(list(batch[modalities[0]])))
         return np.concatenate(parts)
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:
