@@ -80,7 +80,7 @@ def products_of(batch_size: int) -> list[Product]:
     rows = min(_ROWS, batch_size)
     products = [Product(batch_size, WIDTH, WIDTH)] * NUM_LAYERS
     products += [Product(rows, WIDTH, batch_size)] * (batch_size // rows)
-    if 4 * batch_size**2 > losses.HELD_BYTES:  # similarities are computed again in the backward pass
+    if 4 * batch_size**2 > losses.KEPT_BYTES:  # similarities are computed again in the backward pass
         products += [Product(rows, WIDTH, batch_size, has_gradients=False)] * (batch_size // rows)
     return products
 

@@ -1,12 +1,16 @@
-"""Training losses over all pairs of a batch: exact sums, tile by tile, without a (B, M) matrix.
+"""Contrastive losses over all pairs of a batch.
 
-A loss from a plug-in is a `torch.nn.Module` with the interface of `Loss`; `embedcache.testing.losses` has the tests
-that it must pass.
+A contrastive loss pulls the two items of a pair together and pushes all other pairs of the batch apart. Larger batches
+have more and harder negatives, so no loss here stores the (B, M) matrix of similarities: exact sums are computed tile
+by tile.
 
-The backward pass keeps the tiles of the forward pass if all of them fit into `HELD_BYTES`, and otherwise computes them
-again, to the same bits. Several processes divide the tiles. Under autocast the matrix products use its dtype,
-everything else float32. Memory: a few tiles of `TILE_ROWS` rows and all columns, the tiles that are kept, the vectors
-of all positives, and two gradients per modality.
+A loss from a plug-in is a `torch.nn.Module` with the interface of `Loss`. It must pass the tests in
+`embedcache.testing.losses`.
+
+The backward pass keeps the tiles of the forward pass if all of them fit into `KEPT_BYTES`. Otherwise it recomputes
+them, to the same bits. Several processes divide the tiles. Under autocast the matrix products use its dtype, and
+everything else is float32. Memory: a few tiles of `TILE_ROWS` rows and all columns, the kept tiles, the vectors of all
+positives, and two gradients per modality.
 """
 
 import math
@@ -45,24 +49,34 @@ LOSSES = Registry(
 TILE_ROWS = 512
 """Rows of a tile, which has all columns; fewer in a batch of more than 16,384."""
 
-HELD_BYTES = 2**26
+KEPT_BYTES = 2**26
 """Memory of each process for tiles of the forward pass: 4,096 × 4,096 values in float32."""
 
 _TILE_VALUES = 2**23
-_LEFT_OUT = -1e30  # finite: of columns that a tile leaves out as a whole, too, the gradient is 0
+# Finite, so that the gradient is 0 even if a tile leaves out a whole column.
+_LEFT_OUT = -1e30
 _MAX_SAFE_SCALE = math.log(torch.finfo(torch.float32).max) / 2 - 4
 """Below it, e^logit neither vanishes nor overflows in float32, as logits of unit vectors lie in ± scale."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Positives:
-    """Pairs of items of a batch that belong together: those of one sample, and others of equal content.
+    """The pairs of a batch that belong together, because they are of one sample or have equal content.
 
     Args:
         first: (E,) int64 positions of items of the pair's first modality, such as images, ascending.
-        second: (E,) int64 positions of items of the second one, such as texts; each pair is listed once.
-        excluded: (A,) positions of first and of second items of pairs that are neither positives nor negatives, such as
-            those of near-duplicates, the first ascending; None: there are none.
+        second: (E,) int64 positions of items of the second modality, such as texts. Each pair is listed once.
+        excluded: two (A,) arrays with the positions of the first and second items of pairs that are neither positives
+            nor negatives, such as near-duplicates. The first ones are ascending. If None, every other pair is negative.
+
+    Example:
+        Image 0 has two captions, image 1 has one:
+
+        >>> import torch
+        >>> from embedcache.train.losses import Positives
+        >>> pairs = Positives(first=torch.tensor([0, 0, 1]), second=torch.tensor([0, 1, 2]))
+        >>> list(zip(pairs.first.tolist(), pairs.second.tolist()))
+        [(0, 0), (0, 1), (1, 2)]
     """
 
     first: Tensor
@@ -71,12 +85,23 @@ class Positives:
 
 
 class Loss(Protocol):
-    """A `torch.nn.Module`, built with the arguments that its text names, as in `siglip:bias=-5`.
+    """The interface of a loss: a `torch.nn.Module`, built with the arguments that its name has, as in `siglip:bias=-5`.
 
     Its own parameters are trained with those of the projectors.
 
-    One that takes one second item per first one has the class attribute `has_all_captions = False`: training on all
-    captions is then refused, see `check_loss`.
+    A loss that needs exactly one second item per first item has the class attribute `has_all_captions = False`.
+    `check_loss` then rejects training on all captions.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> class Pull(nn.Module):  # without negatives, so it is only a part of a loss
+        ...     def forward(self, first_BP, second_MP, scale, positives):
+        ...         cosines_E = (first_BP[positives.first] * second_MP[positives.second]).sum(dim=1)
+        ...         return (1 - cosines_E).mean()
+        >>> pairs = torch.arange(2)
+        >>> Pull()(torch.eye(2), torch.eye(2), torch.tensor(20.0), Positives(first=pairs, second=pairs)).item()
+        0.0
     """
 
     def __call__(self, first_BP: Tensor, second_MP: Tensor, scale: Tensor, positives: Positives) -> Tensor:
@@ -84,20 +109,20 @@ class Loss(Protocol):
 
         Args:
             first_BP: (B, P) float32 or float64, rows of length 1: items of the first modality, such as images.
-            second_MP: (M, P), those of the second. M is B, and row k belongs to row k of the first, unless all captions
-                are positives.
-            scale: scalar, the inverse of the temperature.
+            second_MP: (M, P), items of the second modality. M is B, and row k belongs to row k of the first, unless all
+                captions are positives.
+            scale: scalar, the inverse of the temperature. It multiplies the cosines.
             positives: all pairs that belong together, and pairs that must be left out.
         """
         ...
 
 
 def check_loss(name: str, captions: str) -> None:
-    """Check a loss and the arguments that its text names, and that it takes all captions if these are the positives.
+    """Check the name of a loss, its arguments, and whether it accepts all captions if these are the positives.
 
     Raises:
         UnknownNameError: there is no loss of that name, or it has no such parameter.
-        SettingError: a parameter is of another type; or `captions` is `all`, and it takes one text per image.
+        SettingError: a parameter has another type, or `captions` is `all` and the loss needs one text per image.
     """
     loss = bind(LOSSES, name).func
     if captions == "all" and not getattr(loss, "has_all_captions", True):
@@ -108,10 +133,28 @@ def check_loss(name: str, captions: str) -> None:
 
 
 class InfoNce(nn.Module):
-    """Symmetric InfoNCE: cross-entropy of each item's own partner among those of the batch, in both directions.
+    """Symmetric InfoNCE, the loss of CLIP.
 
-    Other pairs that belong together are not negatives: they are left out. The loss of CLIP, "Learning Transferable
-    Visual Models From Natural Language Supervision" (2021), figure 3.
+    In plain words: for each image, the loss asks which text of the batch is its own, as a classification among all M
+    texts. It asks the same for each text among all images, and averages both cross-entropies.
+
+    Inputs: one second item per first item, as `Loss` describes. Other pairs of the batch that belong together, such as
+    equal captions, are not negatives. They are left out of the sums.
+
+    Relations: `MultiPositive` counts these pairs as positives instead, and accepts several captions per image. `SigLip`
+    judges each pair on its own, without a softmax.
+
+    "Learning Transferable Visual Models From Natural Language Supervision" (2021), figure 3.
+
+    Example:
+        >>> import torch
+        >>> from embedcache.train.losses import InfoNce, Positives
+        >>> vectors_BP, scale = torch.eye(4), torch.tensor(20.0)
+        >>> positives = Positives(first=torch.arange(4), second=torch.arange(4))
+        >>> round(InfoNce()(vectors_BP, vectors_BP, scale, positives).item(), 4)  # each item finds its partner
+        0.0
+        >>> round(InfoNce()(vectors_BP, vectors_BP.flip(0), scale, positives).item(), 1)  # each finds another
+        20.0
     """
 
     has_all_captions = False
@@ -119,29 +162,51 @@ class InfoNce(nn.Module):
     def forward(self, first_BP: Tensor, second_BP: Tensor, scale: Tensor, positives: Positives) -> Tensor:
         is_other = positives.first != positives.second
         masked = (positives.first[is_other], positives.second[is_other])
+
         if positives.excluded is not None:
-            rows, columns = (torch.cat(sides) for sides in zip(masked, positives.excluded, strict=True))
+            # `_mask` finds the rows of a tile by bisection, so both lists become one in ascending order.
+            rows = torch.cat([masked[0], positives.excluded[0]])
+            columns = torch.cat([masked[1], positives.excluded[1]])
             order = torch.argsort(rows, stable=True)
             masked = (rows[order], columns[order])
-        over_second, over_first = _log_sum_exp(first_BP, second_BP, scale, masked)
-        own = scale * (first_BP * second_BP).sum(dim=1)
-        return (over_second + over_first).mean() / 2 - own.mean()
+
+        rows_B, columns_M = _log_sum_exp(first_BP, second_BP, scale, masked)
+        positive_logits_B = scale * (first_BP * second_BP).sum(dim=1)
+        return (rows_B + columns_M).mean() / 2 - positive_logits_B.mean()
 
 
 class MultiPositive(nn.Module):
     """Symmetric InfoNCE with several positives of equal weight.
 
-    The cross-entropy between the softmax of the similarities and a uniform distribution over the positives, averaged
-    over both directions. With one positive per row it is `InfoNce`. It is SupCon's L_out, "Supervised Contrastive
-    Learning" (2020), equation 2, between two modalities.
+    In plain words: an image with three captions should spread its softmax evenly over the three, and each caption
+    should find its image. The loss is the cross-entropy between the softmax of the similarities and the uniform
+    distribution over the positives, averaged over both directions.
+
+    Inputs: any number of positives per item, at least one each.
+
+    Relations: with one positive per item it equals `InfoNce`. It is SupCon's L_out, "Supervised Contrastive Learning"
+    (2020), equation 2, between two modalities.
+
+    Example:
+        >>> import torch
+        >>> from embedcache.train.losses import MultiPositive, Positives
+        >>> images_BP, texts_MP = torch.eye(2), torch.eye(2)[[0, 0, 1]]
+        >>> positives = Positives(first=torch.tensor([0, 0, 1]), second=torch.tensor([0, 1, 2]))
+        >>> loss = MultiPositive()(images_BP, texts_MP, torch.tensor(20.0), positives)
+        >>> round(loss.item(), 3)  # (log 2 + log 1) / 4: two captions share the softmax of image 0
+        0.173
     """
 
     def forward(self, first_BP: Tensor, second_MP: Tensor, scale: Tensor, positives: Positives) -> Tensor:
-        over_second, over_first = _log_sum_exp(first_BP, second_MP, scale, positives.excluded)
+        rows_B, columns_M = _log_sum_exp(first_BP, second_MP, scale, positives.excluded)
         logits_E = _logits_of(first_BP, second_MP, scale, (positives.first, positives.second))
-        of_first = over_second.mean() - (_weights(positives.first, logits_E.dtype) * logits_E).sum() / len(first_BP)
-        of_second = over_first.mean() - (_weights(positives.second, logits_E.dtype) * logits_E).sum() / len(second_MP)
-        return (of_first + of_second) / 2
+
+        first_weights_E = _weights(positives.first, logits_E.dtype)
+        first_loss = rows_B.mean() - (first_weights_E * logits_E).sum() / len(first_BP)
+
+        second_weights_E = _weights(positives.second, logits_E.dtype)
+        second_loss = columns_M.mean() - (second_weights_E * logits_E).sum() / len(second_MP)
+        return (first_loss + second_loss) / 2
 
 
 def _weights(positions_E: Tensor, dtype: torch.dtype) -> Tensor:
@@ -150,11 +215,31 @@ def _weights(positions_E: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class SigLip(nn.Module):
-    """Binary cross-entropy of each pair of the batch, with a learned bias that starts at `bias`.
+    """The sigmoid loss of SigLIP: each pair of the batch is classified on its own as matching or not.
 
-    -1/B Σ log sigmoid(z (scale · cosine + bias)) over all pairs that are not excluded, z = 1 for those that belong
-    together, else -1.
+    In plain words: the loss is -1/B Σ log sigmoid(z (scale · cosine + bias)) over all B × M pairs that are not
+    excluded. z is 1 for pairs that belong together, else -1. The bias is learned. It starts at a negative `bias`,
+    because almost all pairs of a batch do not match.
+
+    Inputs: any number of positives per item.
+
+    Relations: without a softmax, a row does not depend on the other rows of its column, as it does in `InfoNce`. `Sail`
+    is the same sum, averaged over all pairs.
+
     "Sigmoid Loss for Language Image Pre-Training" (2023), equation 1.
+
+    Args:
+        bias: the initial bias.
+
+    Example:
+        >>> import torch
+        >>> from embedcache.train.losses import Positives, SigLip
+        >>> vectors_BP, scale = torch.eye(4), torch.tensor(20.0)
+        >>> positives = Positives(first=torch.arange(4), second=torch.arange(4))
+        >>> round(SigLip(bias=-10.0)(vectors_BP, vectors_BP, scale, positives).item(), 4)
+        0.0002
+        >>> round(SigLip(bias=-10.0)(vectors_BP, vectors_BP.flip(0), scale, positives).item(), 1)
+        20.0
     """
 
     def __init__(self, bias: float = -10.0) -> None:
@@ -167,17 +252,33 @@ class SigLip(nn.Module):
     def _sum(self, first_BP: Tensor, second_MP: Tensor, scale: Tensor, positives: Positives) -> Tensor:
         bias = self.bias.to(first_BP.dtype)
         logits_E = _logits_of(first_BP, second_MP, scale, (positives.first, positives.second))
-        # As log sigmoid(x) = x - softplus(x) and log sigmoid(-x) = -softplus(x).
+
+        # As log sigmoid(x) = x - softplus(x) and log sigmoid(-x) = -softplus(x), all pairs count as negatives first.
         total = _softplus_sum(first_BP, second_MP, scale, bias) - (logits_E + bias).sum()
         if positives.excluded is None:
             return total
-        return total + logsigmoid(-_logits_of(first_BP, second_MP, scale, positives.excluded) - bias).sum()
+
+        # Excluded pairs were summed as negatives, so their terms are taken off again.
+        excluded_A = _logits_of(first_BP, second_MP, scale, positives.excluded)
+        return total + logsigmoid(-excluded_A - bias).sum()
 
 
 class Sail(SigLip):
-    """SigLIP's loss averaged over all B × M pairs.
+    """The loss of SAIL: SigLIP's sum, averaged over all B × M pairs.
 
-    The loss of SAIL, "Assessing and Learning Alignment of Unimodal Vision and Language Models" (CVPR 2025).
+    Its gradients are M times smaller than those of `SigLip`, so it needs a larger learning rate or batch.
+
+    "Assessing and Learning Alignment of Unimodal Vision and Language Models" (CVPR 2025).
+
+    Example:
+        >>> import torch
+        >>> from embedcache.train.losses import Positives, Sail, SigLip
+        >>> vectors_BP, scale = torch.eye(4), torch.tensor(20.0)
+        >>> positives = Positives(first=torch.arange(4), second=torch.arange(4))
+        >>> mean = Sail()(vectors_BP, vectors_BP.flip(0), scale, positives)
+        >>> total = SigLip()(vectors_BP, vectors_BP.flip(0), scale, positives)
+        >>> round((total / mean).item(), 3)
+        4.0
     """
 
     def forward(self, first_BP: Tensor, second_MP: Tensor, scale: Tensor, positives: Positives) -> Tensor:
@@ -185,9 +286,9 @@ class Sail(SigLip):
 
 
 def _logits_of(left_BP: Tensor, right_MP: Tensor, scale: Tensor, pairs: tuple[Tensor, Tensor]) -> Tensor:
-    """Compute the (E,) logits of pairs given as (E,) rows and (E,) columns."""
+    """Compute the (E,) logits of pairs, given as (E,) rows and (E,) columns."""
     rows_E, columns_E = pairs
-    # The backward pass of `index_select` sums in the order of the pairs; that of indexing in any order.
+    # The backward pass of `index_select` sums in the order of the pairs, and the one of indexing in any order.
     return scale * (left_BP.index_select(0, rows_E) * right_MP.index_select(0, columns_E)).sum(dim=1)
 
 
@@ -200,60 +301,64 @@ def _log_sum_exp(
     """
     is_safe = _is_safe(scale)
 
-    def of_tile(left_TP: Tensor, right_MP: Tensor, scale: Tensor, start: int) -> tuple[Tensor, Tensor]:
+    def sum_tile(left_TP: Tensor, right_MP: Tensor, scale: Tensor, start: int) -> tuple[Tensor, Tensor]:
         logits_TM = _products(left_TP * scale, right_MP)
         if masked is not None and len(masked[0]):
             _mask(logits_TM, *masked, start)
         if not is_safe:
             return logits_TM.logsumexp(dim=1), logits_TM.logsumexp(dim=0)
+
+        # Plain sums of powers take one pass less than `logsumexp`, and one matrix less.
         powers_TM = logits_TM.exp_()
         return powers_TM.sum(dim=1), powers_TM.sum(dim=0)
 
-    def of_process(left_BP: Tensor, right_MP: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    def sum_process(left_BP: Tensor, right_MP: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         empty = 0.0 if is_safe else -math.inf
-        over_rows_B = left_BP.new_full((len(left_BP),), empty)
-        over_columns_M = right_MP.new_full((len(right_MP),), empty)
-        for rows, (of_rows, of_columns) in _tiles(of_tile, left_BP, right_MP, scale):
-            over_rows_B[rows] = of_rows
-            over_columns_M = over_columns_M + of_columns if is_safe else torch.logaddexp(over_columns_M, of_columns)
-        return over_rows_B, over_columns_M
+        rows_B = left_BP.new_full((len(left_BP),), empty)
+        columns_M = right_MP.new_full((len(right_MP),), empty)
+        for tile, (tile_rows, tile_columns) in _tiles(sum_tile, left_BP, right_MP, scale):
+            rows_B[tile] = tile_rows
+            columns_M = columns_M + tile_columns if is_safe else torch.logaddexp(columns_M, tile_columns)
+        return rows_B, columns_M
 
-    parts = divided(of_process, left_BP, right_MP, scale)
-    over_rows, over_columns = (
-        sum_over_processes(part).log() if is_safe else log_sum_over_processes(part) for part in parts
-    )
-    return over_rows, over_columns
+    rows_B, columns_M = divided(sum_process, left_BP, right_MP, scale)
+    if is_safe:
+        return sum_over_processes(rows_B).log(), sum_over_processes(columns_M).log()
+    return log_sum_over_processes(rows_B), log_sum_over_processes(columns_M)
 
 
 def _softplus_sum(left_BP: Tensor, right_MP: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     """Compute Σ log(1 + exp(logit + bias)) over all pairs, a scalar."""
 
-    def of_tile(left_TP: Tensor, right_MP: Tensor, scale: Tensor, bias: Tensor, start: int) -> Tensor:
+    def sum_tile(left_TP: Tensor, right_MP: Tensor, scale: Tensor, bias: Tensor, start: int) -> Tensor:
         del start
         logits_TM = _products(left_TP * scale, right_MP) + bias
-        return softplus(logits_TM, threshold=40.0).sum()  # the gradient is exact up to there
+        # Below the threshold the gradient is exact. PyTorch's default of 20 would round it.
+        return softplus(logits_TM, threshold=40.0).sum()
 
-    def of_process(left_BP: Tensor, right_MP: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor]:
+    def sum_process(left_BP: Tensor, right_MP: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor]:
         total = left_BP.new_zeros(())
-        for _, of_one in _tiles(of_tile, left_BP, right_MP, scale, bias):
-            total = total + of_one
+        for _, tile_sum in _tiles(sum_tile, left_BP, right_MP, scale, bias):
+            total = total + tile_sum
         return (total,)
 
-    (part,) = divided(of_process, left_BP, right_MP, scale, bias)
-    return sum_over_processes(part)
+    (process_sum,) = divided(sum_process, left_BP, right_MP, scale, bias)
+    return sum_over_processes(process_sum)
 
 
 def _tiles(
     function: Callable[..., Any], left_BP: Tensor, right_MP: Tensor, *others: Tensor
 ) -> Iterator[tuple[slice, Any]]:
-    """Iterate over this process's tiles of rows, and what a function returns for each.
+    """Iterate over this process's tiles of rows, with the result of a function for each.
 
-    The backward pass computes the tiles again, unless all of them fit into `HELD_BYTES`.
+    The backward pass recomputes the tiles, unless all of them fit into `KEPT_BYTES`.
     """
     num_rows = max(1, min(TILE_ROWS, _TILE_VALUES // len(right_MP)))
-    starts = range(0, len(left_BP), num_rows)[process_rank() :: num_processes()]
-    fits = len(left_BP) * len(right_MP) * left_BP.itemsize // num_processes() <= HELD_BYTES
-    for start in starts:
+    num_bytes = len(left_BP) * len(right_MP) * left_BP.itemsize // num_processes()
+    fits = num_bytes <= KEPT_BYTES
+
+    # Processes take turns, so that each has its share even if the last tiles are missing.
+    for start in range(0, len(left_BP), num_rows)[process_rank() :: num_processes()]:
         rows = slice(start, start + num_rows)
         arguments = left_BP[rows], right_MP, *others, start
         yield rows, function(*arguments) if fits else checkpoint(function, *arguments, use_reentrant=False)
@@ -265,7 +370,7 @@ def _products(left_TP: Tensor, right_MP: Tensor) -> Tensor:
 
 
 def _mask(logits_TM: Tensor, rows: Tensor, columns: Tensor, start: int) -> None:
-    """Leave logits of a tile out, given ascending rows, and columns, of the whole matrix."""
+    """Leave logits of a tile out, given ascending rows and their columns in the whole matrix."""
     edges = torch.tensor([start, start + len(logits_TM)], device=rows.device)
     part = slice(*torch.searchsorted(rows, edges).tolist())
     logits_TM[rows[part] - start, columns[part]] = _LEFT_OUT

@@ -403,7 +403,7 @@ def test_held_tiles_change_no_bit(name: str, scale: float, is_lower: bool, monke
     positives = replace(positives, excluded=(torch.tensor([0, 4, 8]), torch.tensor([3, 0, 1])))
     found, num_products = [], []
     for held_bytes in (4 * 9 * 9, 4 * 9 * 9 - 1):
-        monkeypatch.setattr(losses, "HELD_BYTES", held_bytes)
+        monkeypatch.setattr(losses, "KEPT_BYTES", held_bytes)
         rows = [side.detach().float().requires_grad_() for side in (images, texts)]
         factor = torch.tensor(scale, requires_grad=True)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_lower), FlopCounterMode(display=False) as counter:
