@@ -31,10 +31,10 @@ Reader: TypeAlias = Callable[[Ints], Inputs]
 
 
 class InputFeature:
-    """One or more features of one encoder over the items of a modality; several features are concatenated as tokens.
+    """One or more features of one encoder over the items of a modality. Several features are concatenated as tokens.
 
     Args:
-        features: features of one encoder and one width; in `dinov2/cls+dinov2/patches` the vector comes first.
+        features: features of one encoder and one width. In `dinov2/cls+dinov2/patches` the vector comes first.
 
     Raises:
         DataError: the features have different encoders or widths.
@@ -49,6 +49,7 @@ class InputFeature:
                     f"{first.item_shape[-1]} and {other.name} of width {other.item_shape[-1]}; embedcache adapt maps "
                     "one encoder's feature onto another's"
                 )
+
         self._features = list(features)
         self.name = "+".join(feature.name for feature in features)
         self.group = first.group
@@ -77,7 +78,8 @@ class InputFeature:
         """Shape of one item: (D,), or (T, D) with T the mean number of tokens if it varies."""
         if not self.has_tokens:
             return (self.width,)
-        return (round(sum(feature.num_tokens for feature in self._features) / max(1, self.num_items)), self.width)
+        num_tokens = sum(feature.num_tokens for feature in self._features)
+        return (round(num_tokens / max(1, self.num_items)), self.width)
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -87,9 +89,10 @@ class InputFeature:
     @property
     def num_bytes(self) -> float:
         """Bytes of all items in memory."""
-        return sum(
-            float(feature.num_tokens) * self.width * np.dtype(feature.dtype).itemsize for feature in self._features
-        )
+        total = 0.0
+        for feature in self._features:
+            total += float(feature.num_tokens) * self.width * np.dtype(feature.dtype).itemsize
+        return total
 
     def lengths(self) -> Ints:
         """Return the number of vectors of each item, (N,) int64, without reading them."""
@@ -118,11 +121,13 @@ class InputFeature:
             feature.require_complete()
 
     def read(self, rows: Ints) -> Inputs:
-        """Gather rows from the memory maps in the given order; a row without the feature raises a `DataError`."""
-        parts = [
-            _padded(feature.gather_tokens(rows)) if feature.is_ragged else Inputs(feature.gather(rows))
-            for feature in self._features
-        ]
+        """Gather rows from the memory maps in the given order. A row without the feature raises a `DataError`."""
+        parts = []
+        for feature in self._features:
+            if feature.is_ragged:
+                parts.append(_padded(feature.gather_tokens(rows)))
+            else:
+                parts.append(Inputs(feature.gather(rows)))
         return _join(parts)
 
     def blocks(self) -> Iterator[tuple[Ints, Inputs]]:
@@ -137,11 +142,16 @@ class InputFeature:
         """Read the valid items of one committed chunk, with checksums checked: rows and inputs."""
         start = number * self._features[0].group.info.chunk_size
         commits = [feature.commits[number] for feature in self._features]
+
+        # The common case makes no Python object per item.
         if len(self._features) == 1 and not self._features[0].is_ragged and commits[0]:
             valid_rows, values = _read_dense_chunk(self._features[0], commits[0])
             return valid_rows + start, Inputs(values)
+
+        # An item counts only if it has all of the features.
         items = [feature.items(commit) for feature, commit in zip(self._features, commits, strict=True) if commit]
-        valid_rows = np.flatnonzero([all(part is not None for part in item) for item in zip(*items, strict=True)])
+        is_valid = [all(part is not None for part in item) for item in zip(*items, strict=True)]
+        valid_rows = np.flatnonzero(is_valid)
         if not len(valid_rows):
             return valid_rows, Inputs(np.empty((0, self.width), self.dtype))
         return valid_rows + start, to_inputs([[part[row] for row in valid_rows] for part in items])  # type: ignore[misc]
@@ -150,22 +160,27 @@ class InputFeature:
         """Read all items into memory, with checksums checked, and return a reader of their rows."""
         progress = progress or NullProgress()
         progress.start(f"loading {self.name}", self.num_items * len(self._features), noun(self.modality))
-        readers = [(_load_ragged if feature.is_ragged else _load)(feature, progress) for feature in self._features]
+        readers = []
+        for feature in self._features:
+            load = _load_ragged if feature.is_ragged else _load
+            readers.append(load(feature, progress))
         progress.finish()
         return lambda rows: _join([read(rows) for read in readers])
 
 
-def gather(readers: Iterable[Reader], rows: Ints, which: Ints) -> Inputs:
-    """Read each row with the reader that `which` numbers. Token sequences are padded to the longest one."""
+def gather(readers: Iterable[Reader], rows: Ints, numbers: Ints) -> Inputs:
+    """Read each row with the reader of its number. Token sequences are padded to the longest one."""
     parts: list[tuple[Ints, Inputs]] = []
     for number, read in enumerate(readers):
-        positions = np.flatnonzero(which == number)
+        positions = np.flatnonzero(numbers == number)
         if len(positions):
             parts.append((positions, read(rows[positions])))
 
     shape = np.max([inputs.values.shape[1:] for _, inputs in parts], axis=0)
     dtype = np.result_type(*(inputs.values.dtype for _, inputs in parts))
     values: Array = np.zeros((len(rows), *shape), dtype)
+
+    # Either all readers return lengths, or none does, because they read the same feature of several caches.
     lengths = None if parts[0][1].lengths is None else np.zeros(len(rows), np.int64)
     for positions, inputs in parts:
         values[positions, : inputs.values.shape[1]] = inputs.values
@@ -181,39 +196,45 @@ def join_readers(readers: Sequence[Reader], nums_items: Sequence[int]) -> Reader
     starts = np.cumsum([0, *nums_items])
 
     def read(rows: Ints) -> Inputs:
-        which = np.searchsorted(starts, rows, side="right") - 1
-        return gather(readers, rows - starts[which], which)
+        numbers = np.searchsorted(starts, rows, side="right") - 1
+        return gather(readers, rows - starts[numbers], numbers)
 
     return read
 
 
 def features_by_modality(cache: Cache, feature: NamedFeatures) -> dict[str, list[str]]:
-    """Return modality -> the features that are named of it.
+    """Return the named features of each modality.
 
     Args:
         cache: a cache that has the features.
-        feature: modality -> features; or features as `modality=encoder/feature`, or as `encoder/feature` if only one
-            modality has a feature of that name.
+        feature: a mapping from modality to features, or features as `modality=encoder/feature`. The modality can be
+            left out if only one modality has a feature of that name.
 
     Raises:
         SettingError: features of several modalities have the name.
         UnknownNameError: no feature has it, or there is no such modality.
     """
+    names_by_modality: dict[str, list[str]] = {}
     if isinstance(feature, Mapping):
-        return {modality: list(map(str, one_or_many(names or ()))) for modality, names in feature.items()}
-    named: dict[str, list[str]] = {}
+        for modality, names in feature.items():
+            names_by_modality[modality] = list(map(str, one_or_many(names or ())))
+        return names_by_modality
+
     for word in map(str, one_or_many(feature or ())):
-        modality, name = split_modality(word)
-        named.setdefault(modality or _modality_of(cache, name), []).append(name)
-    return named
+        prefix, name = split_modality(word)
+        names_by_modality.setdefault(prefix or _modality_of(cache, name), []).append(name)
+    return names_by_modality
 
 
 def _modality_of(cache: Cache, name: str) -> str:
     """Return the only modality that has a feature, or features joined by `+`."""
     modalities = [modality for modality in MODALITIES if cache.features(modality) and _has(cache, modality, name)]
     if not modalities:
-        known = [feature.name for modality in MODALITIES for feature in cache.features(modality)]
-        raise unknown_name("feature", name, known, where=f"of {cache.path}")
+        all_names: list[str] = []
+        for modality in MODALITIES:
+            all_names += (feature.name for feature in cache.features(modality))
+        raise unknown_name("feature", name, all_names, where=f"of {cache.path}")
+
     if len(modalities) > 1:
         raise SettingError(
             f"feature: expected MODALITY=NAME, as {' and '.join(map(noun, modalities))} have the feature, got {name}"
@@ -222,6 +243,7 @@ def _modality_of(cache: Cache, name: str) -> str:
 
 
 def _has(cache: Cache, modality: str, name: str) -> bool:
+    """Return whether a modality has a feature of a name, even if the name is ambiguous or its features do not fit."""
     try:
         open_input(cache, modality, name)
     except (AmbiguousNameError, DataError):
@@ -232,26 +254,30 @@ def _has(cache: Cache, modality: str, name: str) -> bool:
 
 
 def choose_pair(cache: Cache, feature: NamedFeatures) -> dict[str, str | None]:
-    """Return the two modalities of a pair -> their features, joined by `+`; None: the only one of the modality.
+    """Return the two modalities of a pair, each with its features joined by `+`, or None for its only feature.
 
-    With features of one modality or none, the others are those of `default_pair`.
+    If features of one modality or none are named, `default_pair` completes the pair.
     """
-    named = {modality: "+".join(names) or None for modality, names in features_by_modality(cache, feature).items()}
+    name_by_modality: dict[str, str | None] = {}
+    for modality, names in features_by_modality(cache, feature).items():
+        name_by_modality[modality] = "+".join(names) or None
+
     pair = default_pair(cache)
-    if len(named) < 2 and {*named} <= {*pair}:
-        named = {modality: named.get(modality) for modality in pair}
-    if len(named) != 2:
+    if len(name_by_modality) < 2 and {*name_by_modality} <= {*pair}:
+        name_by_modality = {modality: name_by_modality.get(modality) for modality in pair}
+
+    if len(name_by_modality) != 2:
         raise SettingError(
-            f"feature: expected features of two modalities, such as image=NAME and text=NAME, got {', '.join(named)}; "
-            "embedcache adapt maps one encoder's feature onto another's"
+            "feature: expected features of two modalities, such as image=NAME and text=NAME, got "
+            f"{', '.join(name_by_modality)}; embedcache adapt maps one encoder's feature onto another's"
         )
-    return named
+    return name_by_modality
 
 
 def default_pair(cache: Cache) -> Sequence[str]:
-    """Return the two modalities that are paired where none are named: images and texts.
+    """Return the two modalities that are paired by default: images and texts.
 
-    Of a cache that lacks features of one of these, they are the only two of which it has features, if it has two.
+    If a cache has features of exactly two modalities, it pairs these instead.
     """
     present = [name for name in MODALITIES if cache.features(name)]
     return present if len(present) == 2 else ("image", "text")
@@ -261,7 +287,7 @@ def open_input(cache: Cache, modality: str, name: str | None = None) -> InputFea
     """Open an input feature by a name as in `Cache.feature`, or by several such names joined by `+`.
 
     Raises:
-        UnknownNameError: no feature or several features have that name; the message lists them.
+        UnknownNameError: no feature or several features have that name. The message lists them.
         DataError: the features have different encoders or widths.
     """
     names = [None] if name is None else name.split("+")
@@ -269,7 +295,7 @@ def open_input(cache: Cache, modality: str, name: str | None = None) -> InputFea
 
 
 def view_feature(name: str, view: str) -> str:
-    """Return the name of a view of an input feature; a view of a view takes its place.
+    """Return the name of a view of an input feature. A view of a view replaces it.
 
     Example:
         >>> view_feature("a/cls+a/patches", "flip"), view_feature("a@flip/cls", "crop-0.5")
@@ -277,30 +303,33 @@ def view_feature(name: str, view: str) -> str:
     """
     if view == PLAIN:
         return name
-    parts = (part.partition("/") for part in name.split("+"))
-    return "+".join(f"{encoder.partition('@')[0]}@{view}{slash}{feature}" for encoder, slash, feature in parts)
+    parts = []
+    for part in name.split("+"):
+        encoder, slash, feature = part.partition("/")
+        parts.append(f"{encoder.partition('@')[0]}@{view}{slash}{feature}")
+    return "+".join(parts)
 
 
 def check_same_view(
     what: str, expected: Mapping[str, Any], fingerprint: Mapping[str, Any], view: str, *, next_step: str
 ) -> None:
-    """Check that a feature is a view of one with an expected fingerprint, or that feature itself if it is plain.
+    """Check that a feature is a view of a feature with an expected fingerprint, or that feature itself if it is plain.
 
     Raises:
-        FingerprintError: they differ in more than their view; names each field with both values.
+        FingerprintError: they differ in more than their view. The message names each field with both values.
     """
     if view != PLAIN:
-        expected, fingerprint = (
-            {name: value for name, value in fields.items() if name != "view"} for fields in (expected, fingerprint)
-        )
+        expected = {name: value for name, value in expected.items() if name != "view"}
+        fingerprint = {name: value for name, value in fingerprint.items() if name != "view"}
     check_same(what, expected, fingerprint, next_step=next_step)
 
 
 def to_inputs(features: Sequence[Sequence[Array]]) -> Inputs:
     """Stack items into inputs, given one (D,) or (T, D) array per item of each feature."""
-    parts = [
-        Inputs(np.stack(items)) if len({item.shape for item in items}) == 1 else _padded(items) for items in features
-    ]
+    parts = []
+    for items in features:
+        has_one_shape = len({item.shape for item in items}) == 1
+        parts.append(Inputs(np.stack(items)) if has_one_shape else _padded(items))
     return _join(parts)
 
 
@@ -337,6 +366,8 @@ def _load_ragged(feature: Feature, progress: Progress) -> Reader:
     for _, chunk in feature.chunks():
         items += chunk
         progress.advance(len(chunk))
+
+    # One array of all tokens, with the place of each item's first token, is smaller than an array per item.
     lengths = np.array([0 if tokens is None else len(tokens) for tokens in items], np.int64)
     values = np.concatenate([tokens for tokens in items if tokens is not None])
     starts = np.cumsum(lengths) - lengths
@@ -361,7 +392,10 @@ def _join(parts: Sequence[Inputs]) -> Inputs:
         return parts[0]
     if any(part.lengths is not None for part in parts[:-1]):
         raise DataError("a feature with a varying number of tokens must come last: name the vector first")
+
     values = [part.values if part.values.ndim == 3 else part.values[:, None] for part in parts]
-    num_before = sum(part.shape[1] for part in values[:-1])
     lengths = parts[-1].lengths
-    return Inputs(np.concatenate(values, axis=1), None if lengths is None else lengths + num_before)
+    if lengths is not None:
+        # The tokens of the earlier parts are in front of the last part's, and all of them count.
+        lengths = lengths + sum(part.shape[1] for part in values[:-1])
+    return Inputs(np.concatenate(values, axis=1), lengths)
