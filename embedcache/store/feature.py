@@ -102,8 +102,8 @@ class EncoderGroup:
     @property
     def inputs(self) -> list[tuple[str, str]]:
         """Modality and name, `encoder/feature`, of the features that derived features were computed from."""
-        read = self.fingerprint.get("view", {}).get("inputs") or self.fingerprint.get("inputs", ())
-        return [(entry["modality"], entry["feature"]) for entry in read]
+        entries = self.fingerprint.get("view", {}).get("inputs") or self.fingerprint.get("inputs", ())
+        return [(entry["modality"], entry["feature"]) for entry in entries]
 
     @property
     def features(self) -> list[str]:
@@ -126,13 +126,16 @@ class EncoderGroup:
             return None
         if commit.encoder != self.fingerprint_digest:
             raise CorruptError(f"chunk {chunk} in {self.path} belongs to another encoder; {REPAIR}")
+
         num_rows = self.info.num_chunk_rows(commit.index_digest, self.modality, chunk)
-        if num_rows is None:  # another process may have appended samples since this one opened the cache
+        if num_rows is None:
+            # Another process may have appended samples since this one opened the cache.
             num_rows = read_info(self.path.parents[1]).num_chunk_rows(commit.index_digest, self.modality, chunk)
         if num_rows is None:
             raise CorruptError(f"chunk {chunk} in {self.path} belongs to other rows; {REPAIR}")
         if len(commit.hashes) != num_rows:
             raise CorruptError(f"chunk {chunk} in {self.path}: expected {num_rows} rows, got {len(commit.hashes)}")
+
         return commit.resize(self.info.count_items(self.modality, [chunk]))
 
     def has(self, commit: Commit | None, feature: str) -> bool:
@@ -162,7 +165,8 @@ def _has_right_size(file: Path) -> bool:
         return bool(chunk_path(array_path, int(file.name), len(shape)).stat().st_size == num_bytes)
     except (FileNotFoundError, PathError, CorruptError):
         return False
-    except (LookupError, TypeError, ValueError):  # metadata of another array: the chunk and they are written again
+    except (LookupError, TypeError, ValueError):
+        # These are the metadata of another array: the chunk and they are written again.
         return False
 
 
@@ -176,6 +180,7 @@ def open_group(cache_path: Path, modality: str, name: str, info: CacheInfo) -> E
     path = encoder_path(cache_path, modality, name)
     record = _read_attributes(path)
     check_record(path / "zarr.json", record, next_step=_WRITE_AGAIN)
+
     attributes = _construct(path, _GroupAttributes, record)
     return EncoderGroup(
         path=path,
@@ -190,14 +195,16 @@ def open_group(cache_path: Path, modality: str, name: str, info: CacheInfo) -> E
 def encoder_names(folder: Path) -> list[str]:
     """Return the encoders in the folder of a modality, also those whose metadata are missing."""
     committed = {path.parents[1].name for path in find_files(folder, f"*/{commit_path(Path(), 0)}")}
-    return sorted(committed | {path.parent.name for path in find_files(folder, "*/zarr.json")})
+    described = {path.parent.name for path in find_files(folder, "*/zarr.json")}
+    return sorted(committed | described)
 
 
 def feature_names(folder: Path) -> list[str]:
     """Return the features in the folder of an encoder, also those whose metadata are missing."""
     commit = first_commit(folder)
     committed = commit.features.keys() if commit else set()
-    return sorted(committed | {path.parent.name for path in find_files(folder, "*/zarr.json")})
+    described = {path.parent.name for path in find_files(folder, "*/zarr.json")}
+    return sorted(committed | described)
 
 
 def first_commit(folder: Path) -> Commit | None:
@@ -232,6 +239,7 @@ def create_group(
     if (group := find_group(cache_path, modality, name, info)) is not None:
         group.check_same(fingerprint)
         return group
+
     path = encoder_path(cache_path, modality, name)
     attributes = {"spec": spec, "fingerprint": dict(fingerprint), **({"view": view} if view else {})}
     write_metadata(path, group_metadata({ATTRIBUTE: add_digest(attributes)}))
@@ -286,6 +294,7 @@ def _read_attributes(path: Path) -> dict[str, Any]:
         raise CorruptError(f"{error}; {_WRITE_AGAIN}") from error
     except PathError as error:
         raise PathError(f"{error}; run the same embedcache extract, derive or import again") from error
+
     for name in ("attributes", ATTRIBUTE):
         attributes = attributes.get(name) if isinstance(attributes, dict) else None
     if not isinstance(attributes, dict):
@@ -326,8 +335,10 @@ class Feature:
         self.num_items = group.info.num_items[group.modality]
         self._attributes_digest = digest(attributes.to_json())
         self._maps: OrderedDict[int, Array] = OrderedDict()
-        self._commits: dict[int, Commit | None] = {}  # of the chunks that were asked for
-        self._valid_N = np.zeros(self.num_items, bool)  # of these chunks
+
+        # Both are filled for the chunks that were asked for only.
+        self._commits: dict[int, Commit | None] = {}
+        self._valid_N = np.zeros(self.num_items, bool)
 
     def __repr__(self) -> str:
         shape = ", ".join("any" if size < 0 else str(size) for size in self.shape)
@@ -379,6 +390,7 @@ class Feature:
         if chunk not in self._commits:
             commit = self._own(self.group.commit(chunk))
             if commit is not None:
+                # Before the commit is kept: a thread that sees the commit does not set these rows.
                 self._valid_N[self._rows(chunk)] = is_none(commit.failures[self.feature])
             self._commits[chunk] = commit
         return self._commits[chunk]
@@ -405,7 +417,8 @@ class Feature:
     @property
     def valid(self) -> Bools:
         """(N,) bool, whether each item has this feature; `has` tells of a few."""
-        _ = self.commits  # now all are read
+        # Rows are known of the chunks whose commits were read, so all are read.
+        _ = self.commits
         return self._valid_N
 
     def has(self, rows: Ints) -> Bools:
@@ -416,21 +429,26 @@ class Feature:
         rows = to_rows(rows)
         has_B = (rows >= 0) & (rows < self.num_items)
         rows = rows[has_B]
+
         if len(self._commits) < self.group.info.num_chunks(self.modality):
             for chunk in distinct(rows // self.group.info.chunk_size).tolist():
                 self._find_commit(chunk)
+
         has_B[has_B] = self._valid_N[rows]
         return has_B
 
     @cached_property
     def failed(self) -> tuple[Ints, pa.ChunkedArray]:
         """Rows of the failed items, ascending, and the reason of each: (M,) int64 and M strings."""
-        rows, reasons = [np.empty(0, np.int64)], [pa.array([], pa.string())]
+        # The first pieces are empty, since nothing could not be concatenated.
+        rows = [np.empty(0, np.int64)]
+        reasons = [pa.array([], pa.string())]
+
         for commit in self.commits:
             if commit is not None:
-                of_chunk = to_array(commit.failures[self.feature], pa.string())
-                rows.append(self._rows(commit.chunk).start + np.flatnonzero(of_chunk.is_valid()))
-                reasons.append(of_chunk.drop_null())
+                chunk_reasons = to_array(commit.failures[self.feature], pa.string())
+                rows.append(self._rows(commit.chunk).start + np.flatnonzero(chunk_reasons.is_valid()))
+                reasons.append(chunk_reasons.drop_null())
         return np.concatenate(rows), pa.chunked_array(reasons)
 
     @cached_property
@@ -447,11 +465,11 @@ class Feature:
 
     def require_complete(self) -> None:
         """Check that every chunk is committed, or raise an `UnfinishedError`."""
-        missing = sum(commit is None or not commit.is_complete(self.feature) for commit in self.commits)
-        if missing:
-            are = "is" if missing == 1 else "are"
+        num_missing = sum(commit is None or not commit.is_complete(self.feature) for commit in self.commits)
+        if num_missing:
+            are = "is" if num_missing == 1 else "are"
             raise UnfinishedError(
-                f"feature {self.name} is not finished: {missing} of {len(self.commits)} chunks {are} missing; "
+                f"feature {self.name} is not finished: {num_missing} of {len(self.commits)} chunks {are} missing; "
                 f"run the same {self.group.command} again to resume it"
             )
 
@@ -466,19 +484,24 @@ class Feature:
         rows = self._check_rows(rows)
         out = np.empty((len(rows), *self.item_shape), self.dtype)
         size = self._chunk_shape[0]
+
+        # In ascending order, the rows of one chunk are next to each other, so each chunk is mapped once.
         order = np.argsort(rows, kind="stable")
-        ordered = rows[order]
-        numbers, starts = np.unique(ordered // size, return_index=True)
+        ordered_rows = rows[order]
+        numbers, starts = np.unique(ordered_rows // size, return_index=True)
         bounds = pairwise([*starts.tolist(), len(rows)])
+
         for number, (start, stop) in zip(numbers.tolist(), bounds, strict=True):
-            places = ordered[start:stop] - number * size
-            out[order[start:stop]] = self._map(number).take(places, axis=0)  # copies whole rows, as an index does not
+            places = ordered_rows[start:stop] - number * size
+            # `take` copies whole rows, as an index does not.
+            out[order[start:stop]] = self._map(number).take(places, axis=0)
         return out
 
     def gather_tokens(self, rows: Ints) -> list[Array]:
         """Copy rows in the given order, as `gather` does, but as one (D,) or (T, D) array per item."""
         if not self.is_ragged:
             return list(self.gather(rows))
+
         rows = self._check_rows(rows)
         tokens: list[Array | None] = [None] * len(rows)
         for chunk in distinct(rows // self.group.info.chunk_size):
@@ -486,7 +509,9 @@ class Feature:
             items = self._read(self._commit_of(int(chunk)), partial(self._ragged_items, once=True))
             for position in np.flatnonzero(rows // self.group.info.chunk_size == chunk):
                 tokens[position] = items[rows[position] - start]
-        assert all(array is not None for array in tokens)  # every row is valid, so every item has tokens
+
+        # Every row is valid, so every item has tokens.
+        assert all(array is not None for array in tokens)
         return [array for array in tokens if array is not None]
 
     def lengths(self) -> Ints:
@@ -501,6 +526,8 @@ class Feature:
                     if self.is_ragged
                     else num_tokens
                 )
+
+        # Items of one shape have a row in their chunk even if they failed.
         lengths_N[~self.valid] = 0
         return lengths_N
 
@@ -525,11 +552,14 @@ class Feature:
         if self.is_ragged:
             yield self._rows(commit.chunk), self._read(commit, self._ragged_items)
             return
-        rows, size = self._rows(commit.chunk), self._chunk_shape[0]
+
+        rows = self._rows(commit.chunk)
+        size = self._chunk_shape[0]
         for start in range(rows.start, rows.stop, size):
             number = start // size
+            # The rows of samples that were appended later are not in the commit.
             if f"{self.feature}/{number}" not in commit.features[self.feature]:
-                return  # of samples that were appended later
+                return
             values = self._read(commit, partial(self._values, number=number))
             stop = min(start + size, rows.stop)
             yield slice(start, stop), values[: stop - start]
@@ -552,6 +582,7 @@ class Feature:
         """
         self._require_fixed()
         self.require_complete()
+
         out = np.empty(self.shape, self.dtype)
         for rows, values in self.chunks():
             out[rows] = values
@@ -577,6 +608,7 @@ class Feature:
             raise DataError(
                 f"feature {self.name}: expected rows from 0 to {self.num_items - 1}, got {rows[outside][0]}"
             )
+
         has_B = self.has(rows)
         if not has_B.all():
             row = int(rows[~has_B][0])
@@ -587,7 +619,8 @@ class Feature:
     def _commit_of(self, chunk: int) -> Commit:
         """Return the commit of a chunk with valid rows."""
         commit = self._find_commit(chunk)
-        assert commit is not None  # the caller has checked its rows
+        # The caller has checked its rows.
+        assert commit is not None
         return commit
 
     def _read(self, commit: Commit, read: Callable[[Commit], T]) -> T:
@@ -602,17 +635,21 @@ class Feature:
             if current is None or current.features[self.feature] == commit.features[self.feature]:
                 raise
             current.check_keeps(commit, self.feature)
+
         return read(current)
 
     def _commit_after_writers(self, chunk: int) -> Commit | None:
         """Read the commit of a chunk after a process that writes it again, or what a killed one has left for others."""
-        with suppress(OSError):  # of a cache that this user must not write
+        # A user who must not write the cache cannot finish the write of a process that was killed.
+        with suppress(OSError):
             finish(self.group.path, chunk)
+
         if is_complete(self.group.path, chunk):
             raise UnfinishedError(
                 f"chunk {chunk} of feature {self.name} is being written by another process, or was when it ended; "
                 f"run the same command again once {self.group.command} has finished"
             )
+
         return self._own(self.group.commit(chunk))
 
     def _map(self, number: int) -> Array:
@@ -621,9 +658,11 @@ class Feature:
         if values is None:
             commit = self._commit_of(number * self._chunk_shape[0] // self.group.info.chunk_size)
             values = self._maps[number] = self._read(commit, partial(self._values, number=number, once=True))
+
             chunk_bytes = math.prod(self._chunk_shape) * np.dtype(self.dtype).itemsize
             if len(self._maps) > max_maps(self.group.path / self.feature, chunk_bytes):
-                with suppress(KeyError):  # other threads have removed all
+                # Other threads may have removed all.
+                with suppress(KeyError):
                     self._maps.popitem(last=False)
         return values
 
@@ -642,16 +681,20 @@ class Feature:
     def _lengths(self, commit: Commit, *, once: bool = False) -> Array:
         """Map the number of tokens of each item of one chunk; -1 for a failed item."""
         crc = self._checksum(commit, f"{self.feature}/lengths/{commit.chunk}")
-        path, shape = self.group.path / self.feature / "lengths", (self.group.info.chunk_size,)
+        path = self.group.path / self.feature / "lengths"
+        shape = (self.group.info.chunk_size,)
         return open_chunk(path, commit.chunk, shape, "int32", crc, once=once)
 
     def _ragged_items(self, commit: Commit, *, once: bool = False) -> list[Array | None]:
         """Map one chunk of tokens."""
         lengths = self._lengths(commit, once=once)
         name = f"values/{commit.chunk:05d}"
+        # A chunk without tokens has one row.
         shape = (max(int(np.maximum(lengths, 0).sum()), 1), self.item_shape[1])
         crc = self._checksum(commit, f"{self.feature}/{name}/0")
         values = open_chunk(self.group.path / self.feature / name, 0, shape, self.dtype, crc, once=once)
+
+        # The last chunk of a cache may have fewer items than its array.
         lengths = lengths[: self.group.info.count_items(self.modality, [commit.chunk])]
         stops = np.cumsum(np.maximum(lengths, 0))
         return [
