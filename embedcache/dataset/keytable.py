@@ -270,7 +270,9 @@ def _find_rows(
     """
     firsts = np.cumsum([0, *map(len, caches)])
     readers = [RowReader(cache, SAMPLES, ["key"], kept_rows=0) for cache in caches]
-    samples, parts, num_removed = [], [], 0
+    samples = []
+    parts = []
+    num_removed = 0
     for block in iterate_table(path, BLOCK, names):
         number_B = block["cache"].to_numpy() if "cache" in block.column_names else np.zeros(len(block), np.int16)
         for cache, first, numbers, keys in zip(caches, firsts.tolist(), of_caches, readers, strict=False):

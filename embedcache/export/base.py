@@ -62,7 +62,8 @@ def check_modalities(run: Run, modalities: Sequence[Modality], format_name: str)
 
 def check_plain(tower_input: RunInput, format_name: str) -> None:
     """Check that a feature is an encoder's plain output: not derived, and not of a view."""
-    name, fingerprint = tower_input.feature, tower_input.fingerprint
+    name = tower_input.feature
+    fingerprint = tower_input.fingerprint
     if fingerprint["family"] == DERIVED:
         raise unsupported(format_name, f"the feature {name} is derived from other features, so no encoder computes it")
     view = fingerprint.get("view")

@@ -25,7 +25,8 @@ def write_card(path: Path, run: Run, notes: ExportNotes, format_name: str, metri
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    sides, training = run.info.inputs, run.info.settings
+    sides = run.info.inputs
+    training = run.info.settings
     licenses = {modality: _find_license(side) for modality, side in sides.items()}
     included = {licenses[modality] for modality in notes.encoders}
     known_license = included.pop() if len(included) == 1 else None

@@ -72,7 +72,8 @@ def push_cache(
 
     settings = merge_settings(HubSettings, settings, options)
     check_repository("repository", repository)
-    cache, api = Cache(cache_path), HfApi()
+    cache = Cache(cache_path)
+    api = HfApi()
     _check_local(cache)
 
     with hub_errors(

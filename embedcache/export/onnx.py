@@ -82,7 +82,8 @@ def _example_features(run: Run, modality: str, num_rows: int, num_tokens: int) -
     if not isinstance(run.pair.tower(modality), TokenTower):
         return {"features": random.normal(size=(num_rows, width)).astype(np.float32)}
     lengths = random.integers(1, num_tokens + 1, num_rows)
-    lengths[0], lengths[-1] = 1, num_tokens
+    lengths[0] = 1
+    lengths[-1] = num_tokens
     return {
         "features": random.normal(size=(num_rows, num_tokens, width)).astype(np.float32),
         "lengths": lengths.astype(np.int64),
@@ -94,7 +95,8 @@ class _ModelTower(nn.Module):
 
     def __init__(self, model: nn.Module, modality: str) -> None:
         super().__init__()
-        self.model, self.modality = model, modality
+        self.model = model
+        self.modality = modality
 
     def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
         return {"embeds": getattr(self.model, f"get_{self.modality}_features")(**inputs)}

@@ -114,7 +114,8 @@ def write_open_clip(run: Run, folder: Path, *, address: str) -> ExportNotes:
 
 def _check_supported(run: Run, text_config: Mapping[str, Any]) -> None:
     """Check that open_clip has every part of a run, or raise a `SettingError`."""
-    image, text = run.input("image"), run.input("text")
+    image = run.input("image")
+    text = run.input("text")
     parts = {
         "image encoder's family": (image.fingerprint["family"], ("timm",)),
         "image feature": ("+".join(feature_names(image.feature)), _POOLS),

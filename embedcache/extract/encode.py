@@ -274,7 +274,9 @@ class BatchBuffer:
     def __init__(self, encoder: FolderEncoder, features: Sequence[str], num_rows: int) -> None:
         self.encoder = encoder
         self.features: Mapping[str, list[Array | None]] = {name: [None] * num_rows for name in features}
-        self._num_rows, self._num_encoded, self._num_bytes = num_rows, 0, 0
+        self._num_rows = num_rows
+        self._num_encoded = 0
+        self._num_bytes = 0
         self._rows: list[int] = []
         self._batch: list[Array] = []
         self._running: tuple[list[int], Future[dict[str, list[Array]]]] | None = None
@@ -298,8 +300,10 @@ class BatchBuffer:
             items[to_row] = items[from_row]
 
     def _start(self) -> None:
-        rows, batch = self._rows, self._batch
-        self._rows, self._batch = [], []
+        rows = self._rows
+        batch = self._batch
+        self._rows = []
+        self._batch = []
         started = self.encoder.executor.submit(self.encoder.encode, batch, list(self.features))
         self._collect()
         self._running = rows, started
@@ -563,7 +567,8 @@ def _add_distinct(buffer: BatchBuffer, loaded: Sequence[_Item], number: int) -> 
     for row, item in enumerate(loaded):
         inputs = item.inputs[number]
         if inputs is not None and item.hash not in first_row:
-            first_row[item.hash], lengths[row] = row, len(inputs)
+            first_row[item.hash] = row
+            lengths[row] = len(inputs)
     for row in sorted(lengths, key=lambda row: (-lengths[row], row)):
         inputs = loaded[row].inputs[number]
         assert inputs is not None

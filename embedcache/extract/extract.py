@@ -507,7 +507,8 @@ class Plan:
     def check_space(self) -> None:
         """Check that the disk can hold the features, or raise a `DiskFullError`."""
         if self.free_bytes is not None and self.num_bytes > self.free_bytes:
-            needed, free = format_bytes(self.num_bytes), format_bytes(self.free_bytes)
+            needed = format_bytes(self.num_bytes)
+            free = format_bytes(self.free_bytes)
             raise DiskFullError(f"{self.cache}: expected {needed} of free disk space, got {free}; store fewer features")
 
 

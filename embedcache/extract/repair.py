@@ -122,7 +122,8 @@ def verify_cache(
         FingerprintError: an encoder that is needed for a repair has changed.
         CorruptError: a table is damaged, so that nothing can be repaired.
     """
-    cache, settings = Cache(cache), merge_settings(VerifySettings, settings, options)
+    cache = Cache(cache)
+    settings = merge_settings(VerifySettings, settings, options)
     progress = to_progress(progress)
     detected = findings = verify(cache, progress=progress)
     repaired: list[str] = []

@@ -153,7 +153,8 @@ def _cell_weights(size: int, num_cells: int) -> torch.Tensor:
     """Return (K, size): row i averages the positions from floor(i size / K) to ceil((i + 1) size / K)."""
     weights = torch.zeros(num_cells, size)
     for cell in range(num_cells):
-        start, stop = cell * size // num_cells, -(-(cell + 1) * size // num_cells)
+        start = cell * size // num_cells
+        stop = -(-(cell + 1) * size // num_cells)
         weights[cell, start:stop] = 1 / (stop - start)
     return weights
 

@@ -26,7 +26,8 @@ class EmbedcacheImageProcessor(BaseImageProcessor):  # type: ignore[misc]
 
     def __init__(self, kind: str = "timm", settings: dict[str, Any] | None = None, **others: Any) -> None:
         super().__init__(**others)
-        self.kind, self.settings = kind, settings or {}
+        self.kind = kind
+        self.settings = settings or {}
 
     def preprocess(self, images: Any, return_tensors: str | None = None, **options: Any) -> BatchFeature:
         """Convert images of any size and mode to `pixel_values`, (B, 3, H, W) float32.

@@ -74,7 +74,8 @@ def lite_crop(image: Image.Image, size_px: int) -> npt.NDArray[np.uint8]:
     """
     width, height = image.size
     side = max(1, int(min(width, height) * size_px / (size_px + LITE_CROP_PADDING_PX)))
-    left, top = (width - side + 1) // 2, (height - side + 1) // 2
+    left = (width - side + 1) // 2
+    top = (height - side + 1) // 2
     box = (left, top, left + side, top + side)
     square = image.resize((size_px, size_px), Image.Resampling.BICUBIC, box=box)
     return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))

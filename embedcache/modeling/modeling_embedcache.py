@@ -33,7 +33,9 @@ class EmbedcacheConfig(transformers.PretrainedConfig):  # type: ignore[misc]
         projection_dim: int = 0,
         **others: Any,
     ) -> None:
-        self.image, self.text, self.projection_dim = dict(image or {}), dict(text or {}), projection_dim
+        self.image = dict(image or {})
+        self.text = dict(text or {})
+        self.projection_dim = projection_dim
         super().__init__(**others)
 
 

@@ -101,7 +101,8 @@ class OpenmojiSource:
 @cache
 def _group_emoji(path: Path) -> list[list[str]]:
     """Return the emoji of each sample; a process draws them once, in 0.6 seconds."""
-    emoji, font = require("emoji", extra="demo"), _open_font(path)
+    emoji = require("emoji", extra="demo")
+    font = _open_font(path)
     qualified = emoji.STATUS["fully_qualified"]
     emoji_by_glyph: defaultdict[int, list[str]] = defaultdict(list)
     for code, entry in emoji.EMOJI_DATA.items():
@@ -160,7 +161,9 @@ class _EmojiFont:
     def draw(self, glyph: int, size_px: int = _IMAGE_PX) -> Image.Image:
         """Draw one glyph in the middle of a white square."""
         image = Image.new("RGB", (size_px, size_px), "white")
-        middle, text, font = (size_px / 2, size_px / 2), chr(_FIRST_CHARACTER + glyph), self._face(size_px)
+        middle = (size_px / 2, size_px / 2)
+        text = chr(_FIRST_CHARACTER + glyph)
+        font = self._face(size_px)
         ImageDraw.Draw(image).text(middle, text, fill="black", font=font, anchor="mm", embedded_color=True)
         return image
 
@@ -180,7 +183,8 @@ class _EmojiFont:
         faces: dict[str, ImageFont.FreeTypeFont] = self._thread.__dict__
         name = str(size_px)
         if name not in faces:
-            file, size = io.BytesIO(self._font_bytes), round(size_px * _FONT_SCALE)
+            file = io.BytesIO(self._font_bytes)
+            size = round(size_px * _FONT_SCALE)
             faces[name] = ImageFont.truetype(file, size, layout_engine=ImageFont.Layout.BASIC)
         return faces[name]
 
@@ -198,7 +202,10 @@ def _ligatures(lookups: Sequence[Any]) -> Iterator[tuple[tuple[str, ...], str]]:
 def _with_character_per_glyph(font: Any) -> bytes:
     """Return the font with one private-use character per glyph, and no others, so that no layout engine is needed."""
     table = require("fontTools.ttLib.tables._c_m_a_p", extra="demo").CmapSubtable.newSubtable(12)
-    table.platformID, table.platEncID, table.language = 3, 10, 0  # Windows, all of Unicode
+    # Windows, all of Unicode.
+    table.platformID = 3
+    table.platEncID = 10
+    table.language = 0
     table.cmap = {_FIRST_CHARACTER + number: name for number, name in enumerate(font.getGlyphOrder())}
     font["cmap"].tables = [table]
     out = io.BytesIO()

@@ -166,7 +166,8 @@ def _load(name: _DatasetName) -> Any:
 
 
 def _load_repository(datasets: Any, name: _DatasetName) -> Any:
-    config, split = name.config or None, name.split
+    config = name.config or None
+    split = name.split
     if config is not None and split is None:  # the only bracket
         configs = datasets.get_dataset_config_names(name.name, revision=name.revision)
         config, split = (config, None) if config in configs else (None, config)

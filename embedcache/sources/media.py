@@ -372,7 +372,8 @@ def _open_stream(container: Any, kind: str, start_s: float | None, stop_s: float
     if duration_s is not None:
         _check_interval(duration_s, start_s, stop_s)
     if kind == "video":
-        width, height = stream.codec_context.width, stream.codec_context.height
+        width = stream.codec_context.width
+        height = stream.codec_context.height
         if width * height > MAX_FRAME_PIXELS:
             raise ItemError(f"too many pixels: {width} x {height} in one frame, more than {MAX_FRAME_PIXELS:,}")
         stream.codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}
@@ -388,7 +389,8 @@ def _stream_frames(container: Any, stream: Any) -> Iterator[tuple[float, Any]]:
     Raises:
         CancelledError: the result is no longer needed, see `check_cancelled`: an hour of video takes minutes.
     """
-    start, next_s = stream.start_time or 0, 0.0
+    start = stream.start_time or 0
+    next_s = 0.0
     for packet in container.demux(stream):
         check_cancelled()
         for frame in packet.decode():

@@ -252,7 +252,8 @@ class MergedSource:
     """The sources of a merged cache: each has the items whose path begins with its number."""
 
     def __init__(self, sources: Sequence[Source], description: Mapping[str, Any]) -> None:
-        self._sources, self._description = sources, description
+        self._sources = sources
+        self._description = description
 
     def describe(self) -> Mapping[str, Any]:
         """Return what is needed to open the sources again."""
@@ -382,7 +383,8 @@ def allowed_places(description: Mapping[str, Any], index_digest: str) -> Sequenc
     is_own = is_remembered(description, index_digest)
     places = [*_NAMED.get(), *(own_places(description) if is_own else ())]
     for part in _parts(description):
-        kind, path = str(part.get("type", "")), str(part.get("path", ""))
+        kind = str(part.get("type", ""))
+        path = str(part.get("path", ""))
         locations = _locations(part)
         is_confined = kind in _READ_BELOW and locations and (kind != "huggingface" or Path(path).exists())
         if not (is_own or is_confined or kind in WITHOUT_LOCATION):

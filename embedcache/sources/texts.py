@@ -15,7 +15,8 @@ from embedcache.registry import require, unknown_name
 from embedcache.sources.files import TEXT_SUFFIXES, has_suffix, parse_json, require_file, to_text_items
 from embedcache.sources.open import SourceSettings
 
-CLASS_NAMES, TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"
+CLASS_NAMES = "classnames.txt"
+TEMPLATES = "zeroshot_classification_templates.txt"
 """Files of a dataset in CLIP_benchmark's layout."""
 
 _SLOT = "{c}"

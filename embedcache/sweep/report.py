@@ -160,7 +160,8 @@ def sweep_json(report: SweepReport) -> dict[str, Any]:
 
 def present_sweep(report: SweepReport, figures: Sequence[str] = ()) -> Presentation:
     """Return the presentation of a study, with the figures of `draw_study`."""
-    winner, counts = report.winner, report.counts()
+    winner = report.winner
+    counts = report.counts()
     num_seeds = pluralize(len(winner.scores), "seed")
     return Presentation(
         title="embedcache sweep",
@@ -247,7 +248,8 @@ def _sections(report: SweepReport, num_seeds: str, figures: Sequence[str]) -> li
 
 def best_table(best: Sequence[SweepConfig]) -> Table:
     """Return a table of the top configurations: their settings and their validation recall."""
-    names, rows = list(best[0].params), []
+    names = list(best[0].params)
+    rows = []
     for config in best:
         values = [config.params[name] for name in names]
         rows.append(

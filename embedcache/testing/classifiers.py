@@ -37,7 +37,8 @@ class ClassifierContract:
 
     @pytest.mark.parametrize("num_val", [0, 20])
     def test_separate_classes_are_learned(self, fit: Fit, num_val: int) -> None:
-        val, test = example_vectors(num_val, seed=1) if num_val else None, example_vectors(60, seed=2)
+        val = example_vectors(num_val, seed=1) if num_val else None
+        test = example_vectors(60, seed=2)
         found = fit(example_vectors(40, seed=0), val, _NUM_CLASSES).scores(test.vectors).argmax(axis=1)
         assert np.mean(found == test.labels) > 0.9
 
@@ -55,7 +56,8 @@ class ClassifierContract:
             np.testing.assert_array_equal(examples.vectors, copy)
 
     def test_items_are_independent(self, fit: Fit) -> None:
-        scores, test = fit(example_vectors(40, seed=0), None, _NUM_CLASSES).scores, example_vectors(9, seed=2)
+        scores = fit(example_vectors(40, seed=0), None, _NUM_CLASSES).scores
+        test = example_vectors(9, seed=2)
         np.testing.assert_allclose(scores(test.vectors[2:3]), scores(test.vectors)[2:3], atol=1e-4, rtol=1e-4)
 
     @pytest.mark.parametrize("num_val", [0, 20])

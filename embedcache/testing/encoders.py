@@ -103,7 +103,8 @@ class EncoderContract:
                 assert all(size in (-1, found) for size, found in zip(shape, output.shape, strict=True))
 
     def test_tokens_have_axes(self, encoder: Encoder) -> None:
-        axes, dtypes = getattr(encoder, "axes", {}), getattr(encoder, "dtypes", {})
+        axes = getattr(encoder, "axes", {})
+        dtypes = getattr(encoder, "dtypes", {})
         assert {*axes, *dtypes} <= {*encoder.features}
         assert all(len(encoder.features[name]) == 2 for name in axes)
         if self.modality not in ("image", "text"):
@@ -115,7 +116,8 @@ class EncoderContract:
         assert list(encoder.encode(encoder.prepare(items[:1]), [first])) == [first]
 
     def test_batch_size_does_not_change_values(self, encoder: Encoder, items: Sequence[Any]) -> None:
-        names, prepared = list(encoder.features), encoder.prepare(items)
+        names = list(encoder.features)
+        prepared = encoder.prepare(items)
         batch = encoder.encode(prepared, names)
         for row, item in enumerate(prepared):
             single = encoder.encode([item], names)

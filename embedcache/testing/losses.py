@@ -52,7 +52,8 @@ class LossContract:
 
     def test_order_of_samples_does_not_matter(self, loss: torch.nn.Module) -> None:
         first, second, positives = _batch(7, seed=1)
-        order, scale = torch.randperm(7), torch.tensor(3.0, dtype=torch.float64)
+        order = torch.randperm(7)
+        scale = torch.tensor(3.0, dtype=torch.float64)
         permuted = loss(first[order], second[order], scale, positives)
         torch.testing.assert_close(permuted, loss(first, second, scale, positives))
 

@@ -102,7 +102,8 @@ class TokenProjectorContract:
             )
 
     def test_items_are_independent(self, projector: torch.nn.Module) -> None:
-        tokens, lengths = torch.randn(6, 5, self.widths[0]), torch.tensor([5, 2, 3, 1, 4, 5])
+        tokens = torch.randn(6, 5, self.widths[0])
+        lengths = torch.tensor([5, 2, 3, 1, 4, 5])
         whole = projector.eval()(tokens, lengths)
         torch.testing.assert_close(projector(tokens[2:3, :3], None), whole[2:3], atol=1e-6, rtol=1e-5)
 
