@@ -113,7 +113,8 @@ RESTORE_TABLE = "restore the file, or extract into a new folder"
 """What to do about a damaged table of a cache."""
 
 _FOOTER_END = 8  # its length, int32 little-endian, and the magic number of Parquet
-_CHECKSUM, _CHECKSUM_WORD = b"crc32c of the rest %08x", b"crc32c of the rest "
+_CHECKSUM = b"crc32c of the rest %08x"
+_CHECKSUM_WORD = b"crc32c of the rest "
 _CHECKSUM_BYTES = len(_CHECKSUM % 0)
 _READ_BYTES = 2**20
 
@@ -143,7 +144,8 @@ def open_table(path: Path) -> Iterator[pq.ParquetFile]:
     """
     if not is_remote(path):
         check_regular(path)
-    with path.open("rb") as file:  # opened once: another process may replace the table at any time
+    # Opened once: another process may replace the table at any time.
+    with path.open("rb") as file:
         _compare(file)
         with pq.ParquetFile(file) as table:
             yield table
@@ -163,6 +165,8 @@ def iterate_table(path: Path, size: int, columns: Sequence[str] | None = None) -
     with open_table(path) as table:
         for batch in table.iter_batches(size, columns=columns, use_threads=False):
             yield pa.table(batch)
+
+        # A table without rows has no batch, but its columns.
         if not table.metadata.num_rows:
             yield table.read(columns=columns, use_threads=False)
 
@@ -181,6 +185,8 @@ def add_checksum(path: Path) -> None:
     with path.open("r+b") as file:
         start = _footer_start(file)
         checksum = _CHECKSUM % _crc(file, start, start)
+
+        # The footer is read before the checksum is written over its place.
         file.seek(start)
         footer = file.read()
         file.seek(start)
@@ -192,8 +198,10 @@ def _compare(file: BinaryIO) -> None:
     start = _footer_start(file)
     file.seek(max(0, start - _CHECKSUM_BYTES))
     checksum = file.read(_CHECKSUM_BYTES)
+
+    # A table of another tool has no checksum.
     if not checksum.startswith(_CHECKSUM_WORD):
-        return  # of another tool
+        return
     if checksum != _CHECKSUM % _crc(file, start - _CHECKSUM_BYTES, start):
         raise pa.ArrowInvalid("its bytes have changed since it was written")
 
@@ -211,6 +219,7 @@ def _crc(file: BinaryIO, stop: int, start: int) -> int:
     crc = 0
     for rows in blocks(stop, _READ_BYTES):
         crc = google_crc32c.extend(crc, file.read(rows.stop - rows.start))
+
     file.seek(start)
     while block := file.read(_READ_BYTES):
         crc = google_crc32c.extend(crc, block)
@@ -234,7 +243,9 @@ class Table:
     """
 
     def __init__(self, folder: Path, files: Sequence[TableFile], schema: pa.Schema | None = None) -> None:
-        self._folder, self._files, self._given = folder, files, schema
+        self._folder = folder
+        self._files = files
+        self._fixed_schema = schema
         self._starts = np.cumsum([0, *(file.num_rows for file in files)])
 
     def __len__(self) -> int:
@@ -243,13 +254,15 @@ class Table:
     @cached_property
     def schema(self) -> pa.Schema:
         """Names and types of the columns that any part has."""
-        if self._given is not None or not self._files:
-            return self._given or _SAMPLES_SCHEMA
+        if self._fixed_schema is not None or not self._files:
+            return self._fixed_schema or _SAMPLES_SCHEMA
+
         schemas = [_open_part(self._folder, file).schema for file in self._files]
         with reading(self._folder / self._files[0].name, RESTORE_TABLE):
             schema = pa.unify_schemas([_SAMPLES_SCHEMA, *schemas], promote_options="permissive")
             if schema.field("key").type != _TEXT:
                 raise ValueError(f"expected keys of text, got {schema.field('key').type}")
+
             return pa.schema([f.with_type(_TEXT) if pa.types.is_string(f.type) else f for f in schema])
 
     def read(self, start: int = 0, stop: int | None = None, columns: Sequence[str] | None = None) -> pa.Table:
@@ -262,11 +275,13 @@ class Table:
         """
         stop = len(self) if stop is None else stop
         schema = self.schema if columns is None else pa.schema([self.schema.field(name) for name in columns])
+
+        # The first piece is empty, since no pieces could not be concatenated.
         pieces = [schema.empty_table()]
         for file, first in zip(self._files, self._starts.tolist(), strict=False):
             rows = range(max(start - first, 0), min(stop - first, file.num_rows))
             if rows:
-                pieces.append(_read_rows(self._folder, file, rows, schema, has_all=self._given is not None))
+                pieces.append(_read_rows(self._folder, file, rows, schema, has_all=self._fixed_schema is not None))
         return pa.concat_tables(pieces)
 
     def blocks(self, size: int, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
@@ -299,10 +314,13 @@ def _open_part(folder: Path, file: TableFile) -> _OpenedPart:
 @lru_cache(maxsize=256)
 def _parse_part(path: Path, file: TableFile) -> _OpenedPart:
     with reading(path, RESTORE_TABLE), _open_stream(path, file) as stream, pq.ParquetFile(stream) as table:
-        footer, schema = table.metadata, table.schema_arrow.remove_metadata()
+        footer = table.metadata
+        schema = table.schema_arrow.remove_metadata()
+
     counts = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
     if sum(counts) != file.num_rows:
         raise CorruptError(f"{path}: expected {file.num_rows:,} rows, got {sum(counts):,}; {RESTORE_TABLE}")
+
     return _OpenedPart(footer, schema, np.cumsum([0, *counts]))
 
 
@@ -317,6 +335,7 @@ def _fetch(path: Path, file: TableFile) -> bytes:
         data = read_file(path)
     except FileNotFoundError as error:
         raise PathError(f"{path} does not exist; {RESTORE_TABLE}") from error
+
     actual = f"{google_crc32c.value(data):08x}"
     if actual != file.checksum:
         raise CorruptError(f"{path}: expected checksum {file.checksum}, got {actual}; {RESTORE_TABLE}")
@@ -327,6 +346,7 @@ def check_table(folder: Path, file: TableFile) -> None:
     """Compare a file with its checksum and its number of rows now."""
     path = folder / file.name
     if is_remote(path):
+        # The bytes that were fetched before may have changed since.
         _fetch.cache_clear()
         _fetch(path, file)
     else:
@@ -336,20 +356,23 @@ def check_table(folder: Path, file: TableFile) -> None:
 
 def _read_rows(folder: Path, file: TableFile, rows: range, schema: pa.Schema, *, has_all: bool) -> pa.Table:
     """Read rows of a file with the columns of a schema, null where the file lacks one that it need not have."""
-    path, opened = folder / file.name, _open_part(folder, file)
+    path = folder / file.name
+    opened = _open_part(folder, file)
     groups = opened.groups(rows)
     names = [name for name in schema.names if name in opened.schema.names]
-    missing = [name for name in schema.names if name not in names and (has_all or name == "key")]
-    if missing:
-        raise CorruptError(f"{path} has no column {missing[0]!r}; {RESTORE_TABLE}")
+    missing_names = [name for name in schema.names if name not in names and (has_all or name == "key")]
+    if missing_names:
+        raise CorruptError(f"{path} has no column {missing_names[0]!r}; {RESTORE_TABLE}")
 
     with reading(path, RESTORE_TABLE):
         with _open_stream(path, file) as stream, pq.ParquetFile(stream, metadata=opened.footer) as table:
             # Without threads: a process that ends right after Arrow's pool has started may abort.
-            found = table.read_row_groups(list(groups), columns=names, use_threads=False)
-        found = found.slice(rows.start - int(opened.starts[groups.start]), len(rows))
+            block = table.read_row_groups(list(groups), columns=names, use_threads=False)
+
+        # Whole row groups were read, which may begin before the first of the rows.
+        block = block.slice(rows.start - int(opened.starts[groups.start]), len(rows))
         columns = {
-            field.name: found[field.name].cast(field.type) if field.name in names else pa.nulls(len(rows), field.type)
+            field.name: block[field.name].cast(field.type) if field.name in names else pa.nulls(len(rows), field.type)
             for field in schema
         }
         return pa.table(columns, schema=schema)
@@ -388,7 +411,8 @@ class RemovedSamples:
 
     def merge(self, other: "RemovedSamples") -> "RemovedSamples":
         """Return the samples of both, whose digests have one salt."""
-        table = pa.concat_tables([self.table, other.table.filter(~np.isin(other.rows, self.rows))])
+        new_rows = other.table.filter(~np.isin(other.rows, self.rows))
+        table = pa.concat_tables([self.table, new_rows])
         return RemovedSamples(table=table.sort_by("row"), salt=self.salt)
 
 
@@ -411,12 +435,14 @@ def read_removed(cache_path: Path, info: CacheInfo) -> RemovedSamples:
     """
     if not info.removed:
         return make_removed(np.empty(0, np.int64), [], info.index_digest)
+
     path = removed_path(cache_path, info.removed)
     if not path.is_file() or digest_file(path) != info.removed["digest"]:
         raise CorruptError(
             f"{path}: expected the table of removed samples that cache.json was written for, got "
             f"{'another file' if path.is_file() else 'none'}; restore the file"
         )
+
     with reading(path, RESTORE_TABLE):
         table = read_table(path)
         return RemovedSamples(table=table.cast(_SCHEMA), salt=table.schema.metadata[_SALT].decode())
@@ -451,15 +477,19 @@ def _sample_table(batch: Sequence[Sample]) -> pa.Table:
     for row, sample in enumerate(batch):
         for name, value in sample.columns.items():
             columns[name][row] = value
+
     arrays = {name: _column(values) for name, values in sorted(columns.items()) if name != "key"}
-    return pa.table({"key": pa.array([sample.key for sample in batch], pa.string()), **arrays})
+    keys = [sample.key for sample in batch]
+    return pa.table({"key": pa.array(keys, pa.string()), **arrays})
 
 
 def _column(values: list[Any]) -> pa.Array:
     try:
         return pa.array(values)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):  # mixed types: keep them as text
-        return pa.array([None if value is None else str(value) for value in values], pa.string())
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
+        # Values of mixed types are kept as text.
+        texts = [None if value is None else str(value) for value in values]
+        return pa.array(texts, pa.string())
 
 
 def _item_table(batch: Sequence[Sample], modality: str) -> pa.Table:
@@ -484,9 +514,10 @@ def digest_input(batch: Sequence[Sample]) -> bytes:
     for sample in batch:
         images = [[item.path, item.offset, item.length] for item in sample.images]
         texts = [[item.text, item.language] for item in sample.texts]
-        others = {name: [_location(item) for item in items] for name, items in sample.files.items() if items}
+        files = {name: [_location(item) for item in items] for name, items in sample.files.items() if items}
         try:
-            line = _JSON.encode([sample.key, images, texts, dict(sample.columns), *([others] if others else [])])
+            # An empty fifth element would change the digest.
+            line = _JSON.encode([sample.key, images, texts, dict(sample.columns), *([files] if files else [])])
             lines.append(f"{line}\n".encode())
         except (UnicodeEncodeError, TypeError) as error:
             reason = f"text that is not valid Unicode: {error.reason}" if isinstance(error, UnicodeError) else error
@@ -519,22 +550,26 @@ class TableWriter:
 
     def __init__(self, folder: Path, number: int = 0, first_sample: int = 0) -> None:
         self.num_samples = 0
-        self._folder, self._number, self._first_sample = folder, number, first_sample
+        self._folder = folder
+        self._number = number
+        self._first_sample = first_sample
         self._samples = _SampleWriter(folder / table_name(SAMPLES, number))
         self._items: dict[str, _ItemWriter] = {}
 
     def add(self, batch: Sequence[Sample]) -> None:
         """Append samples."""
-        with_items = {*ALWAYS, *(name for sample in batch for name, items in sample.files.items() if items)}
-        items = {name: _item_table(batch, name) for name in MODALITIES if name in with_items}
+        modalities = {*ALWAYS, *(name for sample in batch for name, items in sample.files.items() if items)}
+        items = {name: _item_table(batch, name) for name in MODALITIES if name in modalities}
         self.add_tables(SampleTables(_sample_table(batch), items))
 
     def add_tables(self, tables: SampleTables) -> None:
         """Append the samples of tables."""
         first_row = self._first_sample + self.num_samples
         self._samples.write(tables.samples)
+
         for modality, items in tables.items.items():
             if len(items):
+                # The items count samples from the first of these tables, but the file from the first of the cache.
                 samples = pc.add(items["sample"], first_row)
                 self._writer(modality).write(items.set_column(0, items.schema.field("sample"), samples))
         self.num_samples += len(tables.samples)
@@ -558,6 +593,7 @@ class TableWriter:
         self._samples.close(before)
         for writer in self._items.values():
             writer.close()
+
         names = [SAMPLES, *(name for name in MODALITIES if name in self._items)]
         files = {name: describe_file(self._folder, table_name(name, self._number)) for name in names}
         return Part(digest=digest, tables=files)
@@ -597,6 +633,7 @@ def rewrite_parts(
             if name in changed and ((changed[name] >= rows.start) & (changed[name] < rows.stop)).any():
                 table = Table(cache_path, info.files(name), ITEM_SCHEMAS.get(name))
                 files[name] = _rewrite(folder, name, table, file, rows, edits[name])
+
         yield Part(digest=part.digest, tables=files)
 
 
@@ -606,6 +643,7 @@ def _rewrite(
     number = int(Path(file.name).stem.partition("-")[2].partition(".")[0])
     path = folder / table_name(name, number, next_revision(file))
     path.parent.mkdir(parents=True, exist_ok=True)
+
     with _TableFile(path, table.schema) as writer:
         for start in rows[::BLOCK]:
             block = table.read(start, min(start + BLOCK, rows.stop))
@@ -620,6 +658,7 @@ def scratch_folder(cache_path: Path) -> Iterator[Path]:
         with tempfile.TemporaryDirectory() as name:
             yield Path(name)
         return
+
     folder = partial_path(cache_path / "indexing")
     folder.mkdir(parents=True)
     try:
@@ -654,6 +693,7 @@ class _SampleWriter:
                 pa.unify_schemas([before.schema, schema], promote_options="permissive")
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
             raise SourceError(f"a column of the source changes its type between samples: {error}") from error
+
         with _TableFile(self._path, schema) as writer:
             for number in range(len(self._schemas)):
                 rows = [schema.empty_table(), pq.read_table(self._batch_path(number), use_threads=False)]
@@ -674,8 +714,10 @@ def _check_unique(keys: pa.ChunkedArray) -> None:
     """Check that no two keys are equal."""
     if pc.count_distinct(keys).as_py() == len(keys):
         return
+
     counts = pc.value_counts(keys)
     repeated = counts.filter(pc.greater(counts.field("counts"), 1))
+
     key = repeated[0]["values"].as_py()
     first, second = pc.indices_nonzero(pc.equal(keys, key))[:2].to_pylist()
     raise SourceError(
@@ -709,7 +751,8 @@ class _ItemWriter:
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._writer, self._schema = _TableFile(path, schema), schema
+        self._writer = _TableFile(path, schema)
+        self._schema = schema
         self._buffer: pa.Table = schema.empty_table()
 
     def write(self, rows: pa.Table) -> None:
@@ -718,6 +761,8 @@ class _ItemWriter:
         num_full = len(buffered) // ITEM_BLOCK * ITEM_BLOCK
         if num_full:
             self._writer.write_table(buffered.slice(0, num_full), row_group_size=ITEM_BLOCK)
+
+        # Combined, so that the rest is one chunk however many batches it came from.
         self._buffer = buffered.slice(num_full).combine_chunks()
 
     def close(self) -> None:
@@ -731,11 +776,17 @@ def without_samples(table: pa.Table, first_row: int, removed: Ints) -> pa.Table:
     rows = removed[(removed >= first_row) & (removed < first_row + len(table))] - first_row
     if not len(rows):
         return table
-    is_removed, keys = np.zeros(len(table), bool), np.full(len(table), None)
-    is_removed[rows], keys[rows] = True, [f"removed-{first_row + row}" for row in rows.tolist()]
-    mask, nulls = pa.array(is_removed), {field.name: pa.scalar(None, field.type) for field in table.schema}
+
+    is_removed = np.zeros(len(table), bool)
+    is_removed[rows] = True
+    new_keys = np.full(len(table), None)
+    new_keys[rows] = [f"removed-{first_row + row}" for row in rows.tolist()]
+
+    mask = pa.array(is_removed)
+    nulls = {field.name: pa.scalar(None, field.type) for field in table.schema}
     columns = {name: pc.if_else(mask, null, table[name]) for name, null in nulls.items() if name != "key"}
-    return pa.table({"key": pc.if_else(mask, pa.array(keys, pa.large_string()), table["key"]), **columns}, table.schema)
+    keys = pc.if_else(mask, pa.array(new_keys, pa.large_string()), table["key"])
+    return pa.table({"key": keys, **columns}, table.schema)
 
 
 _NOTHING = {"path": "", "offset": 0, "length": 0, "text": ""}
@@ -747,6 +798,7 @@ def without_items(table: pa.Table, removed: Ints) -> pa.Table:
     is_removed = np.isin(table["sample"].to_numpy(), removed)
     if not is_removed.any():
         return table
+
     mask = pa.array(is_removed)
     columns = {
         field.name: pc.if_else(mask, pa.scalar(_NOTHING.get(field.name), field.type), table[field.name])
@@ -763,5 +815,6 @@ def relocate(table: pa.Table, first_row: int, relocated: Mapping[int, FileItem])
         values = table[name].to_pylist()
         for row, item in new_items.items():
             values[row] = getattr(item, name)
+
         table = table.set_column(table.schema.get_field_index(name), name, pa.array(values, pa.int64()))
     return table
