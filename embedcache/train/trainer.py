@@ -152,23 +152,31 @@ class Trainer:
         """
         keep_freed_memory()
         announce_device(self._device)
+
         self._network = network_of(self.task)
         with seeded(self.settings.seed, self._device), _restored_threads():
             if self.settings.machine.threads:
                 torch.set_num_threads(self.settings.machine.threads)
+
+            # The optimizer takes the parameters on the device, so the module moves first.
             self._module = self.task.module.to(self._device)
             parts = parts_of(self._network)
             self._frozen = freeze(self._network, parts, parts if self.trainable is None else self.trainable)
             self._adamw = make_optimizer(self._module, self.settings.optimizer)
+
             device_type = torch.device(self._device).type
             self._scaler = torch.amp.GradScaler(device_type, enabled=self.settings.machine.precision == "float16")
+
+            # A checkpoint has the states of the module, the optimizer and the scaler, which must exist before.
             self._resume()
             seconds = self._train()
 
+        # The last weights are saved before the best ones replace them.
         if process_rank() == 0:
             save_weights(self.run_path / LAST_WEIGHTS, self._network)
         state = self._state
         self._network.load_state_dict(state.best_weights)
+
         return FitResult(
             best_epoch=state.best_epoch,
             score=None if math.isnan(state.best_score) else state.best_score,
@@ -180,6 +188,7 @@ class Trainer:
         """Run all epochs and return the seconds of training, without validation."""
         num_steps = self.settings.optimizer.epochs * self.task.num_steps
         self.progress.start("training", num_steps - self._state.step, "steps")
+
         self._log = RunLog(
             self.run_path,
             num_bytes=self._state.log_bytes,
@@ -188,10 +197,13 @@ class Trainer:
             run_id=self._state.run_id,
         )
         with self._log:
+            # A new run measures its initialization, which is kept if no epoch is better.
             if not self._state.best_weights:
                 self._validate()
+
             loss = _Loss(self._module)
             trained = DistributedDataParallel(loss) if num_processes() > 1 else loss
+
             seconds = 0.0
             while not self._is_finished():
                 started = time.perf_counter()
@@ -199,28 +211,37 @@ class Trainer:
                 seconds += time.perf_counter() - started
                 self._state.epoch += 1
                 self._validate()
+
         self.progress.finish()
         return seconds
 
     def _is_finished(self) -> bool:
-        epochs, patience = self.settings.optimizer.epochs, self.settings.optimizer.patience
+        epochs = self.settings.optimizer.epochs
+        patience = self.settings.optimizer.patience
         is_stalled = patience is not None and self._state.epoch - self._state.best_epoch >= patience
         return self._state.epoch >= epochs or is_stalled or not self.task.num_steps
 
     def _train_epoch(self, trained: nn.Module, num_steps: int) -> None:
+        # Frozen parts keep their buffers as well, which the training mode would update.
         self._module.train()
         for module in self._frozen:
             module.training = False
 
-        optimizer, state = self.settings.optimizer, self._state
+        # A resumed epoch begins at the step after its checkpoint.
+        optimizer = self.settings.optimizer
+        state = self._state
         first_step = state.step - state.epoch * self.task.num_steps
         for batch in read_ahead(self.task.batches(state.epoch, first_step)):
             self._choose_threads(batch)
             loss = trained(batch)
             rate = learning_rate(optimizer, state.step, num_steps)
+
+            # A loss that is not finite is an error here, before it changes the weights.
             self._log_step(loss, rate, batch)
             self._scaler.scale(loss).backward()
             update(self._module, self._adamw, rate, optimizer.max_grad_norm, self._scaler)
+
+            # A checkpoint names the step that comes next, so it follows the count.
             state.step += 1
             self._num_samples += batch.num_samples
             self.progress.advance(1)
@@ -230,6 +251,7 @@ class Trainer:
         """Use one thread for small steps, by the size of the first one, unless a number of threads was given."""
         if self._state.is_small is not None or self.settings.machine.threads is not None:
             return
+
         vectors = [values.numel() // values.shape[-1] for values, *_ in batch.inputs.values()]
         num_vectors = sum(vectors) / len(vectors) if vectors else len(batch.samples)
         num_parameters = sum(parameter.numel() for parameter in self._module.parameters())
@@ -241,17 +263,22 @@ class Trainer:
         value = loss.item()
         if not math.isfinite(value):
             raise self._bad_loss(batch, value)
+
+        # Modules need not have `scalars`.
         scalars: Callable[[], Mapping[str, float]] = getattr(self._module, "scalars", dict)
         values = {"epoch": self._state.epoch, "loss": value, **scalars(), "learning_rate": rate}
         state = self._state
         self._log.write({"step": state.step, **values}, state.step, values)
+
         best = f", best epoch {state.best_epoch}" if state.best_epoch else ""
         self.progress.describe(f"epoch {state.epoch + 1}/{self.settings.optimizer.epochs}, loss {value:.4g}{best}")
 
     def _bad_loss(self, batch: Batch, loss: float) -> DataError:
         """Return the error of a loss that is not finite; one that names the values is raised if these are not."""
+        # Values that are not finite explain the loss better than its samples do.
         for name, (values, _, rows) in batch.inputs.items():
             check_finite(values.float().cpu().numpy(), f"at step {self._state.step}, the {name} feature", rows=rows)
+
         keys = getattr(self.task, "keys", None)
         samples = [str(sample) if keys is None else keys[sample] for sample in batch.samples[:5].tolist()]
         return DataError(
@@ -262,12 +289,19 @@ class Trainer:
     def _validate(self) -> None:
         self._module.eval()
         state = self._state
+
+        # All processes need the same score, or they would not end in the same epoch.
         measures = broadcast_from_first(run_on_first(self._measure) or {})
         score = measures.pop("score")
         self._log.write({"epoch": state.epoch, "validation": measures}, state.step, measures)
+
+        # With NaN alone, each epoch replaces the one before, so the last is kept.
         if not state.best_weights or score > state.best_score or math.isnan(state.best_score):
-            state.best_epoch, state.best_score, state.best_measures = state.epoch, score, measures
+            state.best_epoch = state.epoch
+            state.best_score = score
+            state.best_measures = measures
             state.best_weights = copy.deepcopy(self._network.state_dict())
+
         if self.on_epoch is not None:
             self.on_epoch(state.epoch, score)
 
@@ -281,23 +315,30 @@ class Trainer:
             raise DataError(f"validation after step {step - 1}: {error}; lower --lr if the loss rose") from error
 
     def _checkpoint(self) -> None:
+        # The first process decides by its clock, as all processes must write a checkpoint after the same step.
         seconds = time.perf_counter() - self._last_checkpoint
         if not broadcast_from_first(seconds >= self.settings.machine.checkpoint_s):
             return
+
+        # The log is on the disk before a checkpoint counts its bytes.
         self._state.log_bytes = self._log.flush()
-        kept = {name: part.state_dict() for name, part in self._kept().items()}
-        save_checkpoint(self.run_path, self._device, {**kept, "loop": vars(self._state)})
+        states = {name: part.state_dict() for name, part in self._kept().items()}
+        save_checkpoint(self.run_path, self._device, {**states, "loop": vars(self._state)})
         self._last_checkpoint = time.perf_counter()
 
     def _resume(self) -> None:
         checkpoint = load_checkpoint(self.run_path, self._device)
         if checkpoint is None:
             return
+
         for name, part in self._kept().items():
             part.load_state_dict(checkpoint[name])
         self._state = _State(**checkpoint["loop"])
+
+        # Only the first step of a run chooses the threads, so a resumed run repeats the choice here.
         if self._state.is_small and self.settings.machine.threads is None:
             torch.set_num_threads(1)
+
         self.progress.note(f"resumed from the checkpoint after step {self._state.step:,}")
 
     def _kept(self) -> dict[str, Any]:
@@ -331,12 +372,14 @@ class _State:
 
 def save_checkpoint(run_path: Path, device: str, state: Mapping[str, Any]) -> None:
     """Write the state of a run with the random generators of all processes, which must all call it."""
-    own = {"cpu": torch.get_rng_state()}
+    rng_states = {"cpu": torch.get_rng_state()}
     if device.startswith("cuda"):
-        own["cuda"] = torch.cuda.get_rng_state(device)
+        rng_states["cuda"] = torch.cuda.get_rng_state(device)
     if device == "mps":
-        own["mps"] = torch.mps.get_rng_state()
-    generators = gather_objects(own)
+        rng_states["mps"] = torch.mps.get_rng_state()
+
+    # Each process sends its states, so this comes before the first process writes alone.
+    generators = gather_objects(rng_states)
     if process_rank() == 0:
         buffer = io.BytesIO()  # torch.save into a file does not raise OSError when the disk is full
         torch.save({**state, "generators": generators}, buffer)
@@ -368,12 +411,13 @@ def load_checkpoint(run_path: Path, device: str) -> dict[str, Any] | None:
             f"{path}: expected {len(generators)} processes, which wrote it, got {num_processes()}; start "
             f"{len(generators)} processes, or delete it to restart training"
         )
-    own = generators[process_rank()]
-    torch.set_rng_state(own["cpu"].cpu())
+
+    rng_states = generators[process_rank()]
+    torch.set_rng_state(rng_states["cpu"].cpu())
     if device.startswith("cuda"):
-        torch.cuda.set_rng_state(own["cuda"].cpu(), device)
+        torch.cuda.set_rng_state(rng_states["cuda"].cpu(), device)
     if device == "mps":
-        torch.mps.set_rng_state(own["mps"].cpu())
+        torch.mps.set_rng_state(rng_states["mps"].cpu())
     return state
 
 
@@ -402,6 +446,8 @@ class RunLog:
         self._trackers: list[_Tracker] = []
         if process_rank():
             return
+
+        # A log that was deleted, of no bytes, is no error.
         path = run_path / LOG
         size = path.stat().st_size if path.is_file() else 0
         if 0 < size < num_bytes:
@@ -409,6 +455,8 @@ class RunLog:
                 f"{path}: expected the {num_bytes:,} bytes of losses before the checkpoint, got {size:,}; delete it to "
                 f"go on without them, or {CHECKPOINT} to restart training"
             )
+
+        # Trackers open first: where one cannot start, the log stays as it is.
         self._trackers = [_open_tracker(name, run_path, run_id=run_id, first_step=step) for name in report_to]
         self._file = path.open("ab")
         self._file.truncate(min(size, num_bytes))
@@ -474,6 +522,7 @@ def _open_tracker(name: str, run_path: Path, *, run_id: str, first_step: int) ->
             return _Tracker(log, lambda _: writer.close())
 
         wandb = require("wandb", package="wandb")
+
         run = wandb.init(
             project=os.environ.get("WANDB_PROJECT") or "embedcache",
             id=run_id,
@@ -494,26 +543,26 @@ def seeded(seed: int, device: str) -> Iterator[None]:
 
     All threads of a process draw from the same generators, so one thread at a time is within.
     """
-    where = torch.device(device)
-    with _GENERATORS, torch.random.fork_rng(devices=[where] if where.type == "cuda" else []):
+    torch_device = torch.device(device)
+    with _GENERATORS, torch.random.fork_rng(devices=[torch_device] if torch_device.type == "cuda" else []):
         torch.manual_seed(seed + 1_000_003 * process_rank())
         yield
 
 
 @contextmanager
 def _restored_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
+    num_threads = torch.get_num_threads()
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(num_threads)
 
 
 def make_optimizer(trained: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
     """Create fused AdamW; weight decay applies to matrices, not to biases, norms and the temperature."""
     matrices = [parameter for parameter in trained.parameters() if parameter.ndim > 1]
-    others = [parameter for parameter in trained.parameters() if parameter.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    vectors = [parameter for parameter in trained.parameters() if parameter.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=settings.lr, fused=True)
 
 
@@ -543,8 +592,10 @@ def update(
 
     With float16 the scaler leaves out a step whose gradients overflow, and lowers the scale of the loss.
     """
+    # The norm is that of unscaled gradients.
     scaler.unscale_(optimizer)
     nn.utils.clip_grad_norm_(trained.parameters(), max_grad_norm)
+
     for group in optimizer.param_groups:
         group["lr"] = rate
     scaler.step(optimizer)
@@ -560,6 +611,8 @@ def keep_freed_memory() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        trim_threshold, mmap_threshold = -1, -3  # of glibc's malloc.h
+        # These are the numbers of the options in glibc's malloc.h.
+        trim_threshold = -1
+        mmap_threshold = -3
         mallopt(mmap_threshold, 2**30)
         mallopt(trim_threshold, 2**31 - 1)
