@@ -97,6 +97,7 @@ class TrainReport(Manifest):
         outcome = f"best epoch {self.best_epoch}" if self.best_epoch else start
         measures = ", ".join(f"{metric_label(name)} {value:.3f}" for name, value in self.measures.items())
         state = "reused, trained earlier with the same settings" if self.reused else "trained"
+
         parts = [f"{run_path}: {state}: {self.num_parameters:,} parameters"]
         if self.num_samples:
             counts = ", ".join(f"{count:,} {part}" for part, count in self.num_samples.items())
@@ -105,6 +106,7 @@ class TrainReport(Manifest):
             chosen = next(score.name for score in self.recipes if score.is_chosen)
             compared = ", ".join(f"{score.name} {score.score:.3f}" for score in self.recipes)
             parts.append(f"recipe {chosen}, the best of {compared} by validation")
+
         validation = f"validation {measures}" if measures else "nothing to validate on"
         return "; ".join([*parts, outcome, validation, *self._advice(run_path)])
 
@@ -116,6 +118,8 @@ class TrainReport(Manifest):
                 f"WARNING: {self.num_held_out:,} of the selected samples are held out for validation and test; to "
                 f"train on a whole budget, select it with --selection {path} and train with --split {path}"
             )
+
+        # Where recipes were compared, the advice to compare them is of no use.
         if not self.best_epoch and self.samples_per_s and not self.recipes and self.num_samples:
             lines.append(
                 f"WARNING: no epoch was better on validation than the initialization, which was kept, with "
@@ -151,12 +155,15 @@ def train_task(
         DataError: a start run lacks weights of a part, or a loss is NaN or infinite.
         UnknownNameError: the task has no part of a name.
     """
-    run_path, progress = Path(run_path), progress or NullProgress()
+    run_path = Path(run_path)
+    progress = progress or NullProgress()
     check_trackers(settings.machine.report_to)
     needs_float64 = info.kind != PAIR  # some decode when they are measured
     machine = name_device(settings.machine, run_path, needs_float64=needs_float64)
     with process_group(machine.device) as device:
         settings = replace_fields(settings, machine=replace_fields(machine, device=device))
+
+        # The digests of start runs are among those of the run, which is not reused after a start run changed.
         init_digests = source_digests(settings.parts.init_from)
         info = replace_fields(
             info,
@@ -171,9 +178,12 @@ def train_task(
         with writing(run_path):
             with seeded(settings.seed, device):
                 task = make_task(device)
+
+            # Parts of the start runs replace the initialization before the trainer reads the module.
             network = network_of(task).to(device)
             parts = parts_of(network)
             load_parts(network, parts, find_sources(settings.parts.init_from, parts))
+
             result = Trainer(
                 task=task,
                 settings=settings,
@@ -182,16 +192,17 @@ def train_task(
                 trainable=parse_trainable(settings.parts.trainable, parts),
                 on_epoch=on_epoch,
             ).fit()
+
             trained = (parameter for parameter in network.parameters() if parameter.requires_grad)
-            made = TrainReport(
+            report = TrainReport(
                 reused=False,
                 num_parameters=sum(value.numel() for value in trained),
                 **asdict(result),
                 **getattr(task, "about", {}),
             )
             if run is not None:  # the first process
-                run.finish(network, made.to_json())
-    return made
+                run.finish(network, report.to_json())
+    return report
 
 
 def name_device(machine: MachineSettings, run_path: Path, *, needs_float64: bool = False) -> MachineSettings:
@@ -204,9 +215,12 @@ def name_device(machine: MachineSettings, run_path: Path, *, needs_float64: bool
     """
     stored = read_info(run_path) if (run_path / MANIFEST).is_file() else None
     is_finished = stored is not None and stored.is_finished
+
     device = machine.device
     if device == AUTO and stored is not None and (is_finished or (run_path / CHECKPOINT).is_file()):
         device = str(stored.settings.get("machine", {}).get("device", AUTO))
+
+    # The device of a finished run need not exist here, as the run is only reused.
     if not is_finished or device == AUTO:
         device = str(torch_device(device, needs_float64=needs_float64))
     return replace_fields(machine, device=device)
@@ -254,8 +268,11 @@ def train(
     settings = merge_settings(TrainSettings, settings, {})
     settings = replace_flat(settings, with_split_seed(options, settings))
     progress = to_progress(progress)
+
+    # A cache that lacks one of the modalities has no pairs, which `open_data` would ask for.
     if settings.prototypes is not None and (unpaired := open_unpaired(caches, feature)) is not None:
         return _align_prototypes(unpaired, Path(run), settings, progress)
+
     data = open_data(caches, feature, memory_bytes=settings.machine.memory, progress=progress)
     return train_on(data, run, settings, progress=progress)
 
@@ -273,10 +290,14 @@ def train_on(
     `memory` was applied when the data were opened. `on_epoch` is called after each validation; an exception that it
     raises ends the training.
     """
-    run_path, progress = Path(run_path), progress or NullProgress()
+    run_path = Path(run_path)
+    progress = progress or NullProgress()
+
+    # The language and the size of blocks are named here, so that the run stores what it used.
     settings = replace_fields(settings, language=choose_language(data.caches, data.sides, settings.language, progress))
     if settings.block_rows is None:
         settings = replace_fields(settings, block_rows=data.block_rows)
+
     if settings.recipe is not None:
         return _compare_recipes(data, run_path, settings, progress)
     return _train_pair(data, run_path, settings, progress, on_epoch)
@@ -288,11 +309,12 @@ def _compare_recipes(data: TrainData, run_path: Path, settings: TrainSettings, p
     Of equal scores that of the simplest recipe is kept. The runs are in the folder until then, so that a command that
     was killed goes on.
     """
+    # A finished run has the settings of its chosen recipe, so it is compared with these.
     stored = read_info(run_path) if (run_path / MANIFEST).is_file() else None
     if stored is not None and stored.is_finished:
         chosen = [score for score in _read_scores(stored) if score.is_chosen]
-        same = with_recipe(settings, chosen[0].options) if chosen else settings
-        return _train_pair(data, run_path, same, progress)
+        chosen_settings = with_recipe(settings, chosen[0].options) if chosen else settings
+        return _train_pair(data, run_path, chosen_settings, progress)
 
     num_pairs = count_training_pairs(data, settings)
     machine = name_device(settings.machine, run_path)
@@ -301,6 +323,8 @@ def _compare_recipes(data: TrainData, run_path: Path, settings: TrainSettings, p
         info = _describe_run(data, run_path, settings, digest_inputs(data, settings))
         info = replace_fields(info, settings=settings.to_json())
         run = run_on_first(lambda: Run.create(run_path, info))
+
+        # All recipes follow the split of this run, so that their scores are of the same samples.
         pairs = data.pairs(settings.language)
         run_on_first(lambda: write_run_split(data, pairs, run_path, settings, progress))
         on_split = replace_fields(settings, split=replace_fields(settings.split, kind=str(run_path / SPLIT)))
@@ -310,8 +334,11 @@ def _compare_recipes(data: TrainData, run_path: Path, settings: TrainSettings, p
         for recipe in list_recipes(num_pairs, settings):
             closed_forms = [score for score in scores if score.options.get("epochs") == 0]
             options = recipe_options(recipe, num_pairs, settings, _best(closed_forms))
+
             path = run_path / RECIPES / recipe.name
             reports.append(_train_pair(data, path, with_recipe(on_split, options), progress))
+
+            # A recipe without a score, where nothing could be compared, is below all others.
             score = -1.0 if reports[-1].score is None else reports[-1].score
             scores.append(RecipeScore(name=recipe.name, options=options, score=score))
             progress.note(f"recipe {recipe.name}: validation {score:.3f}")
@@ -319,17 +346,20 @@ def _compare_recipes(data: TrainData, run_path: Path, settings: TrainSettings, p
         best = _best(scores)
         assert best is not None
         scores = [replace_fields(score, is_chosen=score is best) for score in scores]
-        report = replace_fields(reports[[score.is_chosen for score in scores].index(True)], recipes=scores)
+        chosen_number = [score.is_chosen for score in scores].index(True)
+        report = replace_fields(reports[chosen_number], recipes=scores)
+
+        # The split is that of this run, not the file that the recipes were given.
         if run is not None:  # the first process
             winner = Run.open(run_path / RECIPES / best.name)
             digests = {name: value for name, value in winner.info.digests.items() if name != "split"}
-            kept = replace_fields(
+            winner_info = replace_fields(
                 info,
                 arguments=winner.info.arguments,
                 settings={**winner.info.settings, "split": info.settings["split"]},
                 digests={**info.digests, **digests},
             )
-            run.finish_as(winner, kept, report.to_json())
+            run.finish_as(winner, winner_info, report.to_json())
     return report
 
 
@@ -360,12 +390,14 @@ def _train_pair(
     _check_features(data, settings)
     if settings.negatives:  # a strict split may take hours: errors are found before
         read_negatives(settings.negatives_paths, data.caches)
+
     prototypes = None
     digests = digest_inputs(data, settings)
     if settings.prototypes is not None:
         _check_prototypes(settings.prototypes, data)
         prototypes = open_prototypes(settings.prototypes, data.features, settings, progress)
         digests["prototypes"] = prototypes.digest
+
     info = _describe_run(data, run_path, settings, digests)
     return train_task(
         lambda device: _make_task(data, run_path, info, settings, device, prototypes, progress),
@@ -406,9 +438,12 @@ def _align_prototypes(
             f"epochs: expected 0, as {cache_path} has {noun(unpaired.modality)} only and no pairs to train on; use "
             "--epochs 0 without --recipe"
         )
+
     assert settings.prototypes is not None
     prototypes = open_prototypes(settings.prototypes, {unpaired.modality: unpaired}, settings, progress)
     features = {**prototypes.features, unpaired.modality: unpaired}
+
+    # Items that lack the feature are not in its center, so the digests tell them.
     machine = replace_fields(settings.machine, device="cpu")
     failed = hashlib.sha256(unpaired.failed_rows.tobytes()).hexdigest()
     info = RunInfo(
@@ -429,6 +464,7 @@ def _align_prototypes(
         initialize(pair, prototypes.pairs, prototypes.readers, settings.model, seed=settings.seed, progress=progress)
         center_on(pair.tower(unpaired.modality), unpaired)
         _write_names(prototypes, run_path)
+
         report = TrainReport(
             reused=False,
             num_samples={"prototypes": len(prototypes.pairs.samples)},
@@ -455,6 +491,7 @@ def _check_features(data: TrainData, settings: TrainSettings) -> None:
                 f"{feature.name}: expected a vector feature for projector {name}, got a token feature; use a feature "
                 "such as cls, patch_mean or mean, or --projector token, cls_token or token_mlp"
             )
+
         for option, value in (("mixup", settings.loss.mixup), ("structure", settings.loss.structure)):
             if feature.has_tokens and value:
                 raise SettingError(f"{option}: expected 0 for the token feature {feature.name}, got {value}")
@@ -471,6 +508,7 @@ def _make_task(
 ) -> PairTask:
     """Divide the pairs, and build the pair with its initialization on the training part."""
     settings = replace_fields(settings, machine=replace_fields(settings.machine, device=device))
+
     divided = divide_pairs(data, run_path, settings, progress)
     views = {
         modality: data.draw_views(modality, weights, settings.seed)
@@ -478,10 +516,13 @@ def _make_task(
     }
     negatives = _hard_negatives(data, divided.training, settings, progress)
     plan = _make_batches(divided.training, settings, [views.get(modality) for modality in data.sides], negatives)
+
+    # A tower that normalizes over the batch needs two items of each process.
     pair = info.build(dropout=settings.model.dropout).to(device)
     assert isinstance(pair, AlignedPair)
     if any(map(has_batch_norm, pair.towers)):
         check_batches(plan.smallest, least=2)
+
     model = _model_settings(pair, settings)
     initialize(
         pair,
@@ -495,6 +536,7 @@ def _make_task(
     )
     if prototypes is not None:
         run_on_first(lambda: _write_names(prototypes, run_path))
+
     readers = [*data.readers.values()]
     return PairTask(
         network=pair,
@@ -521,7 +563,10 @@ def _hard_negatives(
     """Read the hard negatives, and report how many training samples have some in the training part."""
     if not settings.negatives:
         return None
-    negatives, samples = read_negatives(settings.negatives_paths, data.caches), training.samples
+
+    # Blocks of samples bound the memory of the check.
+    negatives = read_negatives(settings.negatives_paths, data.caches)
+    samples = training.samples
     num_some = sum(
         int(np.isin(negatives.negatives_SK[samples[block]], samples).any(axis=1).sum())
         for block in blocks(len(samples), _CHECKED_ROWS)
@@ -539,12 +584,14 @@ def _make_batches(
     training: Pairs, settings: TrainSettings, views: Sequence[DrawnViews | None], negatives: HardNegatives | None
 ) -> PairBatches:
     """Divide the training pairs into batches; `SettingError` if the batch size does not fit them or the processes."""
-    num_samples, batch_size = len(training.samples), settings.optimizer.batch_size
+    num_samples = len(training.samples)
+    batch_size = settings.optimizer.batch_size
     if batch_size is not None and batch_size > num_samples:
         raise SettingError(
             f"batch_size: expected at most the {num_samples:,} training samples, got {batch_size:,}; "
             f"use --batch-size {num_samples} or less"
         )
+
     assert settings.block_rows is not None  # named by `train_on`
     batches = PairBatches(
         training,
@@ -557,6 +604,7 @@ def _make_batches(
         negatives=negatives,
         num_negatives=settings.num_negatives,
     )
+
     check_batches(batches.smallest)
     if batches.smallest < _MIN_ITEMS:
         raise SettingError(
