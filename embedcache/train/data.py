@@ -55,12 +55,15 @@ def parse_views(words: Sequence[str]) -> dict[str, dict[str, float]]:
             weights = {name: float(weight or 1) for name, _, weight in parts}
         except ValueError:
             weights = {}
+
+        # A view that is named twice has one weight, so that there are fewer weights than parts.
         is_valid = len(weights) == len(parts) and all(name and 0 < weights[name] < math.inf for name in weights)
         if modality not in MODALITIES or modality in views or not is_valid:
             raise SettingError(
                 f"views: expected one word per modality of {', '.join(MODALITIES)}, of different views with weights "
                 f"above 0, as in image=plain:0.5,flip:0.5, got {word!r}"
             )
+
         total = sum(weights.values())
         views[modality] = {name: weight / total for name, weight in weights.items()}
     return views
@@ -122,19 +125,23 @@ def open_data(
     caches = [Cache(path) for path in one_or_many(paths)]
     if not caches:
         raise SettingError("expected at least one cache, got none")
-    for cache, other in combinations(caches, 2):
-        if cache.info.has_rows_of(other.info.index_digest) or other.info.has_rows_of(cache.info.index_digest):
+
+    # Either cache of two may hold the samples of the other.
+    for first, second in combinations(caches, 2):
+        if first.info.has_rows_of(second.info.index_digest) or second.info.has_rows_of(first.info.index_digest):
             raise DataError(
-                f"expected caches of different samples, got the same in {other.path} and {cache.path}; name one"
+                f"expected caches of different samples, got the same in {second.path} and {first.path}; name one"
             )
+
     features = choose_pair(caches[0], feature)
     sides = {
         modality: [open_input(cache, modality, features[modality]) for cache in caches]
         for modality in order_pair(features)
     }
+
     for opened in sides.values():
-        for cache, other_feature in zip(caches[1:], opened[1:], strict=True):
-            _check_same_feature(caches[0], opened[0], cache, other_feature)
+        for cache, cache_feature in zip(caches[1:], opened[1:], strict=True):
+            _check_same_feature(caches[0], opened[0], cache, cache_feature)
     return TrainData(caches=caches, sides=sides, memory_bytes=memory_bytes, progress=progress or NullProgress())
 
 
@@ -172,7 +179,8 @@ class TrainData:
         readers = self.readers if settings.kind == "strict" else {}
         split = make_split(self.caches, pairs, settings, readers, progress=progress)
         if settings.path is not None and progress is not None:
-            num_all, num_missing = split.parts.count(""), sum(map(len, self.caches)) - len(distinct(pairs.samples))
+            num_all = split.parts.count("")
+            num_missing = sum(map(len, self.caches)) - len(distinct(pairs.samples))
             if num_other := num_all - num_missing:
                 progress.note(
                     f"left out {pluralize(num_all, 'sample')}: {num_missing:,} without both features, {num_other:,} "
@@ -204,6 +212,7 @@ class TrainData:
         pairs = pair_items(self.caches, first, second, language=language, progress=progress)
         if samples is None:
             return pairs
+
         pairs = pairs.select(samples)
         if not len(pairs.samples):
             raise DataError(f"where: expected samples with both features and {where}, got none; loosen the condition")
@@ -223,6 +232,7 @@ class TrainData:
             for cache, plain in zip(self.caches, self.sides[modality], strict=True):
                 feature = open_input(cache, modality, view_feature(plain.name, view))
                 feature.require_complete()
+
                 next_step = f"{feature.name} is no view of it"
                 check_same_view(plain.name, plain.fingerprint, feature.fingerprint, view, next_step=next_step)
                 opened[view].append(feature)
@@ -231,6 +241,8 @@ class TrainData:
     def draw_views(self, modality: str, views: Mapping[str, float], seed: int) -> DrawnViews:
         """Return a reader of a side that draws views, given view -> probability."""
         opened = self.open_views(modality, views)
+
+        # The views share the memory of a side; the plain one has its reader already.
         return DrawnViews(
             readers={
                 view: self.readers[modality]
@@ -251,6 +263,8 @@ class TrainData:
             for features in self.open_views(modality, views.get(modality, ())).values():
                 items = items.where(np.concatenate([feature.valid for feature in features])[items.rows])
             sides.append(items)
+
+        # A sample whose items of one side are all left out has no pair.
         both = shared_samples(sides[0], sides[1])
         return Pairs(first=sides[0].select(both), second=sides[1].select(both))
 
@@ -261,6 +275,7 @@ def _check_same_feature(first_cache: Cache, first: InputFeature, cache: Cache, f
             f"{cache.path}: expected {first.name} of width {first.width}, as in {first_cache.path}, got {feature.name} "
             f"of width {feature.width}; use caches that have the same feature"
         )
+
     check_same(
         f"{first.name} of {first_cache.path}",
         first.fingerprint,
@@ -317,18 +332,23 @@ def divide_pairs(data: TrainData, run_path: Path, settings: TrainSettings, progr
     selected = None
     if settings.selection_path is not None:  # a strict split may take hours: a wrong key is found before
         selected = read_selection(settings.selection_path, data.caches)
+
+    # The first process writes the split, which the others then read; so does a run that was interrupted.
     pairs = data.pairs(settings.language, where=settings.where, progress=progress)
-    made = run_on_first(lambda: write_run_split(data, pairs, run_path, settings, progress))
-    split = made or read_split(run_path / SPLIT, data.caches)
+    new_split = run_on_first(lambda: write_run_split(data, pairs, run_path, settings, progress))
+    split = new_split or read_split(run_path / SPLIT, data.caches)
+
     training = _shuffle_pairs(_training_pairs(data, pairs, split, selected, settings), settings)
     validation = _shuffle_pairs(pairs.select(split.rows("val")), settings)
     if not len(validation.samples):
         raise DataError(
             f"validation part of {run_path / SPLIT}: expected samples with both features, got none; check --language"
         )
+
     counts: dict[str, int] = {part: split.parts.count(part) for part in PARTS}
-    if left_out := split.parts.count(""):
-        counts["left out"] = left_out
+    if num_left_out := split.parts.count(""):
+        counts["left out"] = num_left_out
+
     return DividedPairs(
         training=training,
         validation=validation,
@@ -344,12 +364,17 @@ def write_run_split(
     path = run_path / SPLIT
     if path.is_file():
         return None
+
     if settings.selection_path is not None:
         suffix = settings.selection_path.suffix or ".txt"
         write_atomic(run_path / f"selection{suffix}", read_file(settings.selection_path))
+
+    # Only a user who did not name a split may have expected that the column is followed.
     is_default = settings.split.kind == "strict" and "split" not in to_flat(settings)
     if is_default and any("split" in cache.columns for cache in data.caches):
         progress.note("--split strict ignores the column 'split' of the samples; --split column follows it")
+
+    # The split is written last: where it exists, so does the copy of the selection.
     split = data.split(pairs, settings.split, progress=progress)
     write_split(path, data.caches, split)
     return split
@@ -366,6 +391,7 @@ def _training_pairs(
     rows: Ints = split.rows("train")
     if selected is not None:
         rows = np.intersect1d(rows, selected, assume_unique=True)
+
     views = parse_views(settings.views)
     training = data.with_views(pairs.select(rows), views) if views else pairs.select(rows)
     if not len(training.samples):
@@ -383,6 +409,8 @@ def _shuffle_pairs(pairs: Pairs, settings: TrainSettings) -> Pairs:
     """Assign each sample's second items, to another sample if `shuffle_pairs` is set, so that only chance remains."""
     if not settings.shuffle_pairs:
         return pairs
+
+    # Whole samples are permuted, so that the second items of one stay together.
     samples = pairs.samples
     shuffled = np.random.default_rng(settings.seed).permutation(samples)
     second = replace(pairs.second, samples=shuffled[np.searchsorted(samples, pairs.second.samples)])
@@ -398,9 +426,12 @@ def digest_inputs(data: TrainData, settings: TrainSettings) -> dict[str, str]:
     for modality in views:
         if modality not in data.sides:
             raise SettingError(f"views: expected views of {' or '.join(data.sides)}, got {modality}")
+
     files = {"split": settings.split.path, "selection": settings.selection_path}
     files |= {f"negatives {number}": path for number, path in enumerate(settings.negatives_paths)}
     digests = {name: digest_file(path) for name, path in files.items() if path is not None and path.is_file()}
+
+    # The settings name the views; their fingerprints tell how they were made.
     for modality, weights in views.items():
         for view, features in data.open_views(modality, weights).items():
             digests[f"view {modality}@{view}"] = digest(features[0].fingerprint)
@@ -423,10 +454,12 @@ def failed_digests(data: TrainData, views: Sequence[str] = ()) -> dict[str, str]
     for modality, weights in parse_views(views).items():
         opened = data.open_views(modality, weights)
         sides |= {f"{modality}@{view}": features for view, features in opened.items() if view != PLAIN}
+
     digests = {}
     for name, features in sides.items():
         for feature in features:
             feature.require_complete()
+
         rows = [feature.failed_rows for feature in features]
         if any(map(len, rows)):
             digests[f"failed {name}"] = digest([hashlib.sha256(part.tobytes()).hexdigest() for part in rows])
