@@ -96,17 +96,21 @@ class Cache:
             if place not in self.columns:
                 raise unknown_name("column", place, self.columns, where=f"of {self.path}")
             return self.column(place)
+
         if isinstance(place, slice):
             rows = range(len(self))[place]
+            # Consecutive samples are read together.
             if rows.step == 1:
                 return self._read_samples(rows.start, rows.stop, self._readers) if rows else []
             return [self[row] for row in rows]
+
         if not -len(self) <= place < len(self):
             raise IndexError(f"{self.path}: expected a row below {len(self):,}, got {place}")
         row = range(len(self))[place]
         return self._read_samples(row, row + 1, self._readers)[0]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        # The rows ascend, so one block of each table is enough.
         readers = self._open_readers(kept_rows=0)
         for rows in blocks(len(self), _SAMPLES_AT_ONCE):
             yield from self._read_samples(rows.start, rows.stop, readers)
@@ -115,8 +119,10 @@ class Cache:
         samples: list[dict[str, Any]] = readers[SAMPLES].take(np.arange(start, stop)).to_pylist()
         for modality in self.info.num_items:
             reader = readers[modality]
-            (first, last), _ = reader.find(np.array([start, stop]))
-            items = reader.take(np.arange(first, last))
+            (first_item, stop_item), _ = reader.find(np.array([start, stop]))
+            items = reader.take(np.arange(first_item, stop_item))
+
+            # The items of a sample are next to each other.
             bounds = np.searchsorted(items["sample"].to_numpy(), np.arange(start, stop + 1)).tolist()
             values = items["text" if modality == "text" else "path"].to_pylist()
             for sample, (begin, end) in zip(samples, pairwise(bounds), strict=True):
@@ -128,9 +134,8 @@ class Cache:
         return self._open_readers()
 
     def _open_readers(self, kept_rows: int | None = None) -> Mapping[str, "RowReader"]:
-
-        names = {m: ["sample", "text" if m == "text" else "path"] for m in self.info.num_items}
-        return {name: RowReader(self, name, names.get(name), kept_rows=kept_rows) for name in (SAMPLES, *names)}
+        columns = {m: ["sample", "text" if m == "text" else "path"] for m in self.info.num_items}
+        return {name: RowReader(self, name, columns.get(name), kept_rows=kept_rows) for name in (SAMPLES, *columns)}
 
     def to_pandas(self, modality: str | None = None) -> "pandas.DataFrame":
         """Return the samples as a data frame, or the items of a modality, with the columns of their samples.
@@ -188,7 +193,8 @@ class Cache:
         """Return whether the sample of each item was removed: (N,) bool."""
         if not len(self.removed):
             return np.zeros(self.num_rows(modality), bool)
-        return np.isin(self.items(modality, columns=["sample"])["sample"].to_numpy(), self.removed)
+        samples_N = self.items(modality, columns=["sample"])["sample"].to_numpy()
+        return np.isin(samples_N, self.removed)
 
     def key(self, sample: int) -> str:
         """Return the key of one sample; reads the block that holds it. DataError if there is no such row."""
@@ -214,8 +220,9 @@ class Cache:
         if modality not in MODALITIES:
             raise unknown_name("modality", modality, MODALITIES)
         if chunk is not None and not 0 <= chunk < self.info.num_chunks(modality):
-            known = pluralize(self.info.num_chunks(modality), "chunk")
-            raise DataError(f"{self.path}: expected one of {known} of {modality}, counted from 0, got {chunk}")
+            chunks = pluralize(self.info.num_chunks(modality), "chunk")
+            raise DataError(f"{self.path}: expected one of {chunks} of {modality}, counted from 0, got {chunk}")
+
         rows = None if chunk is None else self.info.chunk_rows(modality, chunk)
         return self.table(modality, columns, rows=rows)
 
@@ -245,10 +252,12 @@ class Cache:
         try:
             return self.rows_of(name).read(start, stop, columns)
         except (CorruptError, PathError):
-            before = self.info.files(name)
-            files = read_info(self.path).files(name)[: len(before)]
-            if files == before:
+            old_files = self.info.files(name)
+            # Without the parts that were appended since this cache was opened.
+            files = read_info(self.path).files(name)[: len(old_files)]
+            if files == old_files:
                 raise
+
         return Table(self.path, files, ITEM_SCHEMAS.get(name)).read(start, stop, columns)
 
     def encoders(self, modality: str) -> list[EncoderGroup]:
@@ -267,6 +276,7 @@ class Cache:
             raise UnknownNameError(self._missing(str(modality)))
         if self.info.has_interrupted_removal:
             raise UnfinishedError(f"{self.path}: {INTERRUPTED_REMOVAL}")
+
         modalities = MODALITIES if modality is None else [modality]
         groups = [group for name in modalities for group in self.encoders(name)]
         return [Feature(group, name) for group in groups for name in group.features]
@@ -292,18 +302,22 @@ class Cache:
             AmbiguousNameError: several features have that name; the message lists them.
         """
         features = self.features(modality)
-        kind, where = f"{modality} feature", f"of {self.path}"
-        named = [feature for feature in features if name in (feature.name, feature.group.name)]
-        matches = self.default_features(modality) if name is None else named
+        kind = f"{modality} feature"
+        location = f"of {self.path}"
+
+        same_name = [feature for feature in features if name in (feature.name, feature.group.name)]
+        matches = self.default_features(modality) if name is None else same_name
         if len(matches) == 1:
             return matches[0]
+
         names = [feature.name for feature in features]
         if not features:
             raise UnknownNameError(self._missing(modality))
         if not matches:
-            raise unknown_name(kind, name or "", names, where=where)
+            raise unknown_name(kind, name or "", names, where=location)
+
         error = AmbiguousNameError(
-            f"{kind} {where}: {'no name was given' if name is None else repr(name) + ' matches several'}; "
+            f"{kind} {location}: {'no name was given' if name is None else repr(name) + ' matches several'}; "
             f"name one of these features: {', '.join(feature.name for feature in matches)}"
         )
         error.modality = modality
@@ -313,16 +327,17 @@ class Cache:
         """Return the message that the cache has no features of a modality, and what it has instead."""
         if modality not in MODALITIES:
             return f"unknown modality {modality!r}; known: {', '.join(MODALITIES)}"
+
         command = f"embedcache extract {quoted(self.path)} {quoted(self.path)} {encoder_option(modality)}"
         message = f"{self.path} has no {modality} features; extract some: {command}"
-        known = ", ".join(f"{feature.modality}={feature.name}" for feature in self.features())
-        return f"{message}; or name others with --feature MODALITY=NAME, one of: {known}" if known else message
+        names = ", ".join(f"{feature.modality}={feature.name}" for feature in self.features())
+        return f"{message}; or name others with --feature MODALITY=NAME, one of: {names}" if names else message
 
 
 def _with_columns_of_samples(items: pa.Table, samples: pa.Table) -> pa.Table:
     """Join the columns of each item's sample; those of a sample recur."""
-    of_sample = samples.take(items["sample"].combine_chunks())
-    return pa.table({name: table[name] for table in (of_sample, items) for name in table.column_names})
+    item_samples = samples.take(items["sample"].combine_chunks())
+    return pa.table({name: table[name] for table in (item_samples, items) for name in table.column_names})
 
 
 def caption_error_lines(cache: Cache) -> list[str]:
@@ -333,9 +348,10 @@ def caption_error_lines(cache: Cache) -> list[str]:
     rows = np.flatnonzero(errors.is_valid())
     if not len(rows):
         return []
-    shown = [f"  key {cache.key(row)}: {errors[row].as_py()}" for row in rows[:_NUM_ERRORS_SHOWN].tolist()]
+
+    examples = [f"  key {cache.key(row)}: {errors[row].as_py()}" for row in rows[:_NUM_ERRORS_SHOWN].tolist()]
     samples = pluralize(len(rows), "sample has", "samples have")
-    return [f"{samples} captions that cannot be read, and counts without captions, such as:", *shown]
+    return [f"{samples} captions that cannot be read, and counts without captions, such as:", *examples]
 
 
 _KEPT_ROWS = 2**22
@@ -358,10 +374,14 @@ class RowReader:
     def __init__(
         self, cache: Cache, name: str, columns: Sequence[str] | None = None, *, kept_rows: int | None = None
     ) -> None:
-        self._cache, self._name, self._columns = cache, name, columns
-        self._num_rows, self._size = cache.num_rows(name), block_rows(name)
+        self._cache = cache
+        self._name = name
+        self._columns = columns
+        self._num_rows = cache.num_rows(name)
+        self._size = block_rows(name)
         self._whole: pa.Table | None = None
         self._samples_N: Ints | None = None
+
         kept_rows = _KEPT_ROWS if kept_rows is None else kept_rows
         self._block = lru_cache(maxsize=max(1, kept_rows // self._size))(self._read_block)
         self._last_sample = lru_cache(maxsize=None)(self._read_last_sample)
@@ -373,6 +393,7 @@ class RowReader:
         """Read all rows, so that later calls read no file and are faster."""
         if self._whole is not None or not self._num_rows:
             return
+
         # In one chunk, a row is found without searching its chunk.
         self._whole = self._cache.table(self._name, self._columns).combine_chunks()
         if "sample" in self._whole.column_names:
@@ -383,10 +404,13 @@ class RowReader:
         """Return rows in the given order, which must exist."""
         if self._whole is not None:
             return self._whole.take(pa.array(rows))
+
+        # In ascending order, the rows of one block are next to each other, so each block is read once.
         order = np.argsort(rows, kind="stable")
         numbers, starts = np.unique(rows[order] // self._size, return_index=True)
         if not len(numbers):
             return self._block(0).schema.empty_table()
+
         parts = np.split(rows[order] % self._size, starts[1:])
         taken = [self._block(number).take(pa.array(part)) for number, part in zip(numbers.tolist(), parts, strict=True)]
         return pa.concat_tables(taken).take(pa.array(np.argsort(order)))
@@ -394,11 +418,13 @@ class RowReader:
     def find(self, samples: Ints) -> tuple[Ints, Ints]:
         """Return the first row of each sample in an item table, and how many rows it has: two (S,) int64."""
         samples = np.asarray(samples, np.int64)
+        # The rows of a sample stop where those of the next one start.
         bounds, places = np.unique(np.concatenate([samples, samples + 1]), return_inverse=True)
         if self._samples_N is not None:
             first_rows = np.searchsorted(self._samples_N, bounds)
         else:
             first_rows = self._first_rows(bounds)
+
         starts, stops = np.split(first_rows[places], 2)
         return starts, stops - starts
 
@@ -419,20 +445,25 @@ class RowReader:
         A binary search reads a few chunks to find the first one of the samples that are left; then all in it are found.
         """
         first_rows = np.full(len(samples), self._num_rows, np.int64)
-        num_blocks, number, start = -(-self._num_rows // self._size), 0, 0
+        num_blocks = -(-self._num_rows // self._size)
+
+        number = 0
+        start = 0
         while start < len(samples):
             number = bisect_left(range(num_blocks), int(samples[start]), lo=number, key=self._last_sample)
             if number == num_blocks:
                 break
+
             samples_B = self._read_block(number, ["sample"])["sample"].to_numpy()
             stop = int(np.searchsorted(samples, samples_B[-1], "right"))
             first_rows[start:stop] = number * self._size + np.searchsorted(samples_B, samples[start:stop])
-            number, start = number + 1, stop
+            number += 1
+            start = stop
         return first_rows
 
     def _read_last_sample(self, number: int) -> int:
-        last: int = self._read_block(number, ["sample"])["sample"][-1].as_py()
-        return last
+        sample: int = self._read_block(number, ["sample"])["sample"][-1].as_py()
+        return sample
 
 
 class Keys(Sequence[str]):
@@ -462,10 +493,10 @@ class Keys(Sequence[str]):
         start = 0
         for cache in self._caches:
             for block in blocks(len(cache), size):
-                first, last = np.searchsorted(self._rows, [start + block.start, start + block.stop])
-                if first < last:
+                first_place, stop_place = np.searchsorted(self._rows, [start + block.start, start + block.stop])
+                if first_place < stop_place:
                     keys = cache.table(SAMPLES, ["key"], rows=block)["key"]
-                    places = self._rows[first:last] - start - block.start
+                    places = self._rows[first_place:stop_place] - start - block.start
                     yield keys.combine_chunks().take(pa.array(places))
             start += len(cache)
 
@@ -482,12 +513,14 @@ def keys_at(cache: Cache, rows: Ints) -> pa.ChunkedArray:
 
 def find_keys(cache: Cache, keys: Sequence[str]) -> Ints:
     """Return the row of each key in the sample table, -1 for a key that it does not have: (K,) int64."""
-    known = pc.unique(pa.array(keys, pa.large_string()))
-    rows = np.full(len(known), -1, np.int64)
-    samples, places = match_keys([cache], known)
+    unique_keys = pc.unique(pa.array(keys, pa.large_string()))
+    rows = np.full(len(unique_keys), -1, np.int64)
+    samples, places = match_keys([cache], unique_keys)
     rows[places] = samples
-    of_keys: Ints = rows[pc.index_in(pa.array(keys, pa.large_string()), value_set=known).to_numpy()]
-    return of_keys
+
+    # A key may be asked for more than once.
+    key_rows: Ints = rows[pc.index_in(pa.array(keys, pa.large_string()), value_set=unique_keys).to_numpy()]
+    return key_rows
 
 
 def match_keys(caches: Sequence[Cache], keys: pa.Array) -> tuple[Ints, Ints]:
@@ -499,10 +532,14 @@ def match_keys(caches: Sequence[Cache], keys: pa.Array) -> tuple[Ints, Ints]:
         (M,) int64 samples that have one of the (K,) keys, ascending and counted across caches; and (M,) int64 the first
         place of the key of each.
     """
-    rows, places, start = [np.empty(0, np.int64)], [np.empty(0, np.int64)], 0
+    # The first pieces are empty, since nothing could not be concatenated.
+    rows = [np.empty(0, np.int64)]
+    places = [np.empty(0, np.int64)]
+
+    start = 0
     for block in Keys(caches).blocks(_MATCHED_AT_ONCE):
-        found = pc.index_in(block, value_set=keys)
-        rows.append(start + np.flatnonzero(found.is_valid()))
-        places.append(found.drop_null().to_numpy())
+        key_places = pc.index_in(block, value_set=keys)
+        rows.append(start + np.flatnonzero(key_places.is_valid()))
+        places.append(key_places.drop_null().to_numpy())
         start += len(block)
     return np.concatenate(rows), np.concatenate(places)
