@@ -67,7 +67,9 @@ class RowBatches:
     """
 
     def __init__(self, rows: Ints, *, batch_size: int, seed: int, block_rows: int = 1) -> None:
-        self._rows, self._seed, self._block_rows = rows, seed, block_rows
+        self._rows = rows
+        self._seed = seed
+        self._block_rows = block_rows
         self.num_samples = len(rows)
         self.num_steps = -(-len(rows) // batch_size)
         check_batches(self.num_samples, self.num_steps)
@@ -85,6 +87,8 @@ def read_ahead(batches: Iterator[T]) -> Iterator[T]:
         pending: deque[Future[T | None]] = deque()
         for _ in range(_NUM_PREFETCHED):
             pending.append(executor.submit(next, batches, None))
+
+        # The next batch is ordered before this one is used, so that the thread goes on meanwhile.
         while (batch := pending.popleft().result()) is not None:
             pending.append(executor.submit(next, batches, None))
             yield batch
@@ -92,18 +96,22 @@ def read_ahead(batches: Iterator[T]) -> Iterator[T]:
 
 def to_device(array: Array, device: str) -> Tensor:
     """Return an array as a tensor on a device; to a GPU it is copied through pinned memory."""
-    tensor, where = torch.from_numpy(array), torch.device(device)
-    if where.type == "cuda":
+    tensor = torch.from_numpy(array)
+    torch_device = torch.device(device)
+    if torch_device.type == "cuda":
         tensor = tensor.pin_memory()
-    return tensor.to(where, non_blocking=True)
+    return tensor.to(torch_device, non_blocking=True)
 
 
 def shuffle_blocks(count: int, block_rows: int, rng: np.random.Generator) -> Ints:
     """Return 0 … count - 1 in a random order in which numbers stay near those of 1,024 neighboring blocks."""
     if block_rows == 1:
         return rng.permutation(count)
+
+    # The last block may have fewer rows.
     starts = rng.permutation(-(-count // block_rows)) * block_rows
     _, order = concatenated_ranges(starts, np.minimum(block_rows, count - starts))
+
     size = block_rows * _BUFFER_BLOCKS
     return np.concatenate([rng.permutation(order[start : start + size]) for start in range(0, count, size)])
 
@@ -184,17 +192,27 @@ class PairBatches:
         negatives: HardNegatives | None = None,
         num_negatives: int = 1,
     ) -> None:
-        self._pairs, self._negatives, self._num_negatives = pairs, negatives, num_negatives
+        self._pairs = pairs
+        self._negatives = negatives
+        self._num_negatives = num_negatives
         self._samples = pairs.samples
         self._relation = pairs.relation()
-        self._first, self._second = _SampleItems(pairs.first, self._samples), _SampleItems(pairs.second, self._samples)
-        self._seed, self._captions, self._block_rows, self._mixup = seed, captions, block_rows, mixup
+        self._first = _SampleItems(pairs.first, self._samples)
+        self._second = _SampleItems(pairs.second, self._samples)
+
+        self._seed = seed
+        self._captions = captions
+        self._block_rows = block_rows
+        self._mixup = mixup
         self._views = views
-        self.num_samples, self.batch_size = len(self._samples), batch_size
+        self.num_samples = len(self._samples)
+        self.batch_size = batch_size
+
+        # Negatives take places in a batch, so fewer samples of the epoch fit.
         if negatives is not None:
             _check_fits(batch_size, self.num_samples, num_negatives, negatives)
-        most = batch_size if negatives is None else max(1, batch_size // (1 + num_negatives))
-        self.num_steps = num_batches(self.num_samples, most)
+        max_samples = batch_size if negatives is None else max(1, batch_size // (1 + num_negatives))
+        self.num_steps = num_batches(self.num_samples, max_samples)
 
     @property
     def smallest(self) -> int:
@@ -224,12 +242,17 @@ class PairBatches:
         """Draw hard negatives of some samples, by number in the training part: ascending, each once, none of them."""
         if self._negatives is None:
             return np.empty(0, np.int64)
+
+        # Negatives that are not in the training part get the key 2, above all random keys, so they are chosen last.
         hard_BK = self._negatives.negatives_SK[self._samples[numbers]]
         place_BK = np.searchsorted(self._samples, hard_BK).clip(max=len(self._samples) - 1)
-        keys_BK = np.where(self._samples[place_BK] == hard_BK, rng.random(hard_BK.shape), 2.0)  # 2: not in training
+        keys_BK = np.where(self._samples[place_BK] == hard_BK, rng.random(hard_BK.shape), 2.0)
+
         chosen_BK = np.argsort(keys_BK, axis=1)[:, : self._num_negatives]
         is_some_BK = np.take_along_axis(keys_BK, chosen_BK, axis=1) < 2
         drawn = distinct(np.take_along_axis(place_BK, chosen_BK, axis=1)[is_some_BK])
+
+        # A sample of the batch is a negative already.
         hard = np.setdiff1d(drawn, np.sort(numbers), assume_unique=True)
         num_free = self.batch_size - len(numbers)
         return hard if len(hard) <= num_free else np.sort(rng.choice(hard, num_free, replace=False))
@@ -238,50 +261,61 @@ class PairBatches:
         """Return the batch of some samples, by number in the training part, of which the last are hard negatives."""
         if mix is not None:
             numbers = numbers[: len(numbers) // 2 * 2]  # half of them are mixed with the other half
+
         first = draws.first_S[numbers]
         second = self._second.all(numbers) if self._captions == "all" else draws.second_S[numbers]
         positives = self._positives(first, second) if mix is None else self._mixed_positives(first, second)
-        rows = self._pairs.first.rows[first], self._pairs.second.rows[second]
-        of_first, of_second = draws.views
+
+        first_rows = self._pairs.first.rows[first]
+        second_rows = self._pairs.second.rows[second]
+        first_views, second_views = draws.views
         return PairRows(
             samples=self._samples[numbers],
-            first_rows=rows[0],
-            second_rows=rows[1],
+            first_rows=first_rows,
+            second_rows=second_rows,
             positives=positives,
             num_hard=num_hard,
             mix=mix,
             views=(
-                None if of_first is None else of_first[rows[0]],
-                None if of_second is None else of_second[rows[1]],
+                None if first_views is None else first_views[first_rows],
+                None if second_views is None else second_views[second_rows],
             ),
             excluded=None if self._negatives is None else self._excluded(first, second, positives, self._negatives),
         )
 
     def _positives(self, first: Ints, second: Ints) -> tuple[Ints, Ints]:
         """Find all pairs of positions that belong together. Time and memory grow with the batch alone."""
-        first_contents, second_contents = self._pairs.first.contents[first], self._pairs.second.contents[second]
+        first_contents = self._pairs.first.contents[first]
+        second_contents = self._pairs.second.contents[second]
+
+        # The relation is of all training pairs; only the entries of the batch are read.
         starts = self._relation.indptr[first_contents]
         position, entries = concatenated_ranges(starts, self._relation.indptr[first_contents + 1] - starts)
-        which, others = _equal_pairs(self._relation.indices[entries], second_contents)
-        return position[which], others
+        entry_numbers, second_positions = _equal_pairs(self._relation.indices[entries], second_contents)
+        return position[entry_numbers], second_positions
 
     def _mixed_positives(self, first: Ints, second: Ints) -> tuple[Ints, Ints]:
         """Find all pairs of mixed items whose first items belong together, and whose second items do too."""
         half = len(first) // 2
         pairs = [self._positives(first[part], second[part]) for part in (slice(half), slice(half, None))]
-        of_first, of_second = (left * half + right for left, right in pairs)
-        left, right = np.divmod(np.intersect1d(of_first, of_second, assume_unique=True), half)
-        return left, right
+
+        # One number stands for a pair of positions, so that pairs are compared as numbers.
+        first_codes, second_codes = (rows * half + columns for rows, columns in pairs)
+        rows, columns = np.divmod(np.intersect1d(first_codes, second_codes, assume_unique=True), half)
+        return rows, columns
 
     def _excluded(
         self, first: Ints, second: Ints, positives: tuple[Ints, Ints], negatives: HardNegatives
     ) -> tuple[Ints, Ints]:
         """Find the pairs of positions of one near-duplicate group that do not belong together, sorted."""
-        samples = self._pairs.first.samples[first], self._pairs.second.samples[second]
-        same_group = _equal_pairs(negatives.groups_S[samples[0]], negatives.groups_S[samples[1]])
-        near, own = (left * len(second) + right for left, right in (same_group, positives))
-        left, right = np.divmod(np.setdiff1d(near, own, assume_unique=True), len(second))
-        return left, right
+        first_samples = self._pairs.first.samples[first]
+        second_samples = self._pairs.second.samples[second]
+        same_group = _equal_pairs(negatives.groups_S[first_samples], negatives.groups_S[second_samples])
+
+        # One number stands for a pair of positions, so that pairs are compared as numbers.
+        group_codes, positive_codes = (rows * len(second) + columns for rows, columns in (same_group, positives))
+        rows, columns = np.divmod(np.setdiff1d(group_codes, positive_codes, assume_unique=True), len(second))
+        return rows, columns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,17 +352,19 @@ def _equal_pairs(left: Ints, right: Ints) -> tuple[Ints, Ints]:
     """Return the positions of all equal values of two arrays, those of the left ascending."""
     order = np.argsort(right, kind="stable")
     start = np.searchsorted(right[order], left)
-    which, places = concatenated_ranges(start, np.searchsorted(right[order], left, side="right") - start)
-    return which, order[places]
+    left_positions, places = concatenated_ranges(start, np.searchsorted(right[order], left, side="right") - start)
+    return left_positions, order[places]
 
 
 class _SampleItems:
     """The items of each sample, as positions in `Items`."""
 
     def __init__(self, items: Items, samples: Ints) -> None:
-        is_ordered = bool((items.samples[1:] >= items.samples[:-1]).all())  # as all are, unless they are shuffled
+        # Items are in the order of their samples unless pairs are shuffled; only then is an order stored.
+        is_ordered = bool((items.samples[1:] >= items.samples[:-1]).all())
         self._order = None if is_ordered else np.argsort(items.samples, kind="stable")
         ordered = items.samples if self._order is None else items.samples[self._order]
+
         self._first = np.searchsorted(ordered, samples)
         self._count = np.searchsorted(ordered, samples, side="right") - self._first
 
@@ -364,17 +400,20 @@ def load_pairs(batch: PairRows, readers: Mapping[str, Reader | DrawnViews], devi
     first, second = (to_device(positions, device) for positions in batch.positives)
     excluded = None
     if batch.excluded is not None:
-        of_first, of_second = (to_device(positions, device) for positions in batch.excluded)
-        excluded = of_first, of_second
+        excluded_first, excluded_second = (to_device(positions, device) for positions in batch.excluded)
+        excluded = excluded_first, excluded_second
 
     num_halves = 1 if batch.mix is None else 2
     inputs: dict[str, BatchInput] = {}
     num_items: dict[str, int] = {}
+
+    # With mixup a process has the same part of both halves, whose items are mixed with each other.
     sides = zip(readers.items(), (batch.first_rows, batch.second_rows), batch.views, strict=True)
     for (modality, read), rows, views in sides:
         num_items[modality] = len(rows) // num_halves
         positions = np.arange(len(rows)).reshape(num_halves, -1)[:, own_slice(num_items[modality])].ravel()
         inputs[modality] = _read(read, rows[positions], None if views is None else views[positions], device)
+
     return Batch(
         samples=batch.samples,
         num_samples=len(batch.samples) - batch.num_hard,
