@@ -105,7 +105,9 @@ class Hits(list[Hit]):
 
     def __init__(self, hits: Iterable[Hit], *, query: str, cache: Cache, modality: str) -> None:
         super().__init__(hits)
-        self.query, self.cache, self.modality = query, cache, modality
+        self.query = query
+        self.cache = cache
+        self.modality = modality
 
     def to_pandas(self) -> "pandas.DataFrame":
         """Return a data frame with a row per hit; the columns are those of `Hit`. Requires pandas."""
@@ -140,6 +142,8 @@ class SearchResults(list[Hits]):
         parts = [part for hits in self[:_MAX_QUERIES] for part in _show(hits)]
         if len(self) > _MAX_QUERIES:
             parts.append(f"<p>… and {len(self) - _MAX_QUERIES:,} more queries</p>")
+
+        # Queries of one cache share its credit, which is shown once.
         credited = dict.fromkeys(credit(hits.cache) for hits in self)
         parts += [f"<p><small>{_text(words)}</small></p>" for words in credited if words]
         return "\n".join(parts)
@@ -155,6 +159,8 @@ def _show(hits: Hits) -> list[str]:
     cards = []
     for hit in hits[:_MAX_HITS]:
         image = ""
+
+        # A hit whose file cannot be read is shown without a picture; the reason is given below all hits.
         try:
             if hits.modality in PICTURED:
                 thumbnails = thumbnails or Thumbnails(hits.cache, hits.modality)
@@ -162,6 +168,7 @@ def _show(hits: Hits) -> list[str]:
                 image = f'<img src="{url}" alt="{_text(hit.key)}" style="max-width: 100%"><br>'
         except EmbedcacheError as error:
             reason = str(error)
+
         file = file_name_beside_key(hit.path, hit.key)
         details = _text(" · ".join(filter(None, [hit.key, file, hit.label, *hit.captions])))
         words = _text(hit.captions[0] if hit.captions else hit.name)
@@ -185,7 +192,8 @@ class HitReader:
     """Looks up the keys, labels and captions of items, reading only the rows that it returns; see `RowReader`."""
 
     def __init__(self, cache: Cache, modality: str, *, label: str = "label") -> None:
-        self._modality, self._label = modality, label
+        self._modality = modality
+        self._label = label
         columns = {"key", label} & set(cache.columns)
         self._samples = RowReader(cache, SAMPLES, sorted(columns))
         self._texts = RowReader(cache, "text")
@@ -211,20 +219,28 @@ class HitReader:
 
     def read(self, scores_K: Floats, rows_K: Ints, languages: Sequence[str] = ()) -> list[Hit]:
         """Return the hits of one query, with captions in some languages (empty: all); rows of -1 are skipped."""
-        scores, rows = scores_K[rows_K >= 0].tolist(), rows_K[rows_K >= 0]
-        found = self._samples.take(self.samples(rows))
-        labels = found[self._label].to_pylist() if self._label in found.column_names else [None] * len(rows)
-        keys, paths, captions_of = found["key"].to_pylist(), self.paths(rows), self._captions(rows)
+        scores = scores_K[rows_K >= 0].tolist()
+        rows = rows_K[rows_K >= 0]
+
+        samples = self._samples.take(self.samples(rows))
+        labels = samples[self._label].to_pylist() if self._label in samples.column_names else [None] * len(rows)
+        keys = samples["key"].to_pylist()
+        paths = self.paths(rows)
+        captions_of = self._captions(rows)
+
         hits = []
         for score, row, key, path, label, texts in zip(
             scores, rows.tolist(), keys, paths, labels, captions_of, strict=True
         ):
             if languages:
                 texts = [(text, language) for text, language in texts if language in languages]
+
+            # The languages are listed before the captions are reduced to those of the first.
             present = list(dict.fromkeys([language for _, language in texts]))
             if len(present) > 1:
                 texts = [(text, language) for text, language in texts if language == present[0]]
             captions = [text for text, _ in texts[:_MAX_CAPTIONS]]
+
             hit = Hit(
                 score=score,
                 row=row,
@@ -252,13 +268,17 @@ class HitReader:
         """Return text and language of the captions of each item."""
         if not len(self._texts):
             return [[]] * len(rows_K)
+
+        # A caption is its own only one; other items have all captions of their sample.
         if self._modality == "text":
-            starts, counts = rows_K, np.ones(len(rows_K), np.int64)
+            starts = rows_K
+            counts = np.ones(len(rows_K), np.int64)
         else:
             starts, counts = self._texts.find(self.samples(rows_K))
         _, positions = concatenated_ranges(starts, counts)
-        found = self._texts.take(positions)
-        texts = list(zip(found["text"].to_pylist(), found["language"].to_pylist(), strict=True))
+        table = self._texts.take(positions)
+        texts = list(zip(table["text"].to_pylist(), table["language"].to_pylist(), strict=True))
+
         ends = np.cumsum(counts).tolist()
         return [texts[end - count : end] for end, count in zip(ends, counts.tolist(), strict=True)]
 
@@ -287,9 +307,11 @@ def search(
     Raises:
         SettingError, DataError, UnknownNameError, FingerprintError, PathError, CorruptError: see `OpenIndex`.
     """
-    settings, progress = merge_settings(SearchSettings, settings, options), to_progress(progress)
+    settings = merge_settings(SearchSettings, settings, options)
+    progress = to_progress(progress)
     if not isinstance(queries, Queries):
         queries = Queries(texts=queries)
+
     if not isinstance(index, OpenIndex):
         index = OpenIndex(
             index,
@@ -299,6 +321,7 @@ def search(
             label=settings.label,
             device=settings.device,
         )
+
     return index.search(queries, k=settings.k, condition=settings.filter, match=settings.match, progress=progress)
 
 
@@ -339,11 +362,14 @@ class OpenIndex:
     ) -> None:
         self.path = Path(index)
         self.card = read_card(self.path)
+
         if run is None and self.card.run is not None:
             run = find_named(self.card.run, self.path, "run")
         if cache is None:
             cache = find_named(self.card.cache, self.path, "cache")
         self.cache = Cache(cache)
+
+        # The index stores rows, which name other items in a cache of other samples.
         if not self.cache.info.has_rows_of(self.card.index_digest):
             raise FingerprintError(
                 f"index {self.path}: expected the samples of {self.cache.path}, got others; build it again"
@@ -352,6 +378,8 @@ class OpenIndex:
         self.device = device
         self._index = open_row_index(self.path, self.card, device=device)
         self.query_encoder = QueryEncoder(self._index, self.card, self.cache, self.run_path, device, adapter=adapter)
+
+        # The default column may be missing, as labels are optional; one that was named may not.
         if label != LABEL["default"]:
             require_column(self.cache, label)
         self.label = label
@@ -359,6 +387,7 @@ class OpenIndex:
             self.cache, self.card.modality, self.run_path, label=label, timeout_s=filter_timeout_s
         )
         self.hits = HitReader(self.cache, self.card.modality, label=label)
+
         self._subset = lru_cache(maxsize=8)(self._apply)
         self._words: Words | None = None
 
@@ -385,7 +414,11 @@ class OpenIndex:
         with the index or the filter passes nothing, and the errors of `QueryEncoder.encode` and `CacheFilters.mask`.
         """
         _check_k(k, self.card.num_vectors, f"the index holds {self.card.num_vectors} items")
-        names, texts, modality = queries.names, queries.texts, self.card.modality
+        names = queries.names
+        texts = queries.texts
+        modality = self.card.modality
+
+        # Only texts have words, and the words are loaded before the search so that their progress is shown.
         if match != "vectors":
             if len(texts) < len(names):
                 raise SettingError(f"match: expected text queries to match {match}, got others; use --match vectors")
@@ -401,9 +434,10 @@ class OpenIndex:
         parts = list(blocks(len(names), _BATCH))
         shown = progress if progress is not None and len(parts) > 1 else NullProgress()
         watched = watch(parts, shown, "searching", len(names), "queries")
-        found = chain.from_iterable(map(search_part, watched))
+        rankings = chain.from_iterable(map(search_part, watched))
         return SearchResults(
-            Hits(hits, query=name, cache=self.cache, modality=modality) for name, hits in zip(names, found, strict=True)
+            Hits(hits, query=name, cache=self.cache, modality=modality)
+            for name, hits in zip(names, rankings, strict=True)
         )
 
     def search_vectors(
@@ -425,22 +459,26 @@ class OpenIndex:
             raise DataError(f"queries: expected (Q, {self.card.width}) vectors for {self.path}, got {queries_QP.shape}")
         if not np.isfinite(queries_QP).all():
             raise DataError(f"queries: expected finite vectors for {self.path}, got NaN or infinite values")
+
         condition = _NO_FILTER if condition is None else condition
         subset = self._subset(condition)
         k = _choose_k(k, subset.num_items, len(self._index))
+        # Below the first k of both rankings may be a row whose summed ranks are among the k best.
         depth = k if texts is None else min(max(k, _FUSED_RANKS), subset.num_items)
         scores_QK, rows_QK = self._search_subset(queries_QP, depth, subset)
+
         order_QK = np.lexsort((rows_QK, -scores_QK))  # of equal scores, FAISS returns the last row first
         scores_QK = np.take_along_axis(scores_QK, order_QK, axis=1)
         rows_QK = np.take_along_axis(rows_QK, order_QK, axis=1)
         rankings = zip(np.clip(scores_QK, -1, 1), rows_QK, strict=True)  # rounding exceeds 1
         if texts is None:
             return [self.hits.read(scores_K, rows_K, condition.language) for scores_K, rows_K in rankings]
+
         all_hits = []
         for (scores_K, rows_K), text in zip(rankings, texts, strict=True):
-            is_found_K = rows_K >= 0
+            is_hit_K = rows_K >= 0
             by_words = self._rank_words(text, depth, condition, subset)
-            fused = fuse([(scores_K[is_found_K], rows_K[is_found_K]), by_words], k)
+            fused = fuse([(scores_K[is_hit_K], rows_K[is_hit_K]), by_words], k)
             all_hits.append(self.hits.read(*fused, condition.language))
         return all_hits
 
@@ -454,6 +492,7 @@ class OpenIndex:
         condition = _NO_FILTER if condition is None else condition
         subset = self._subset(condition)
         k = _choose_k(k, subset.num_items, len(self._index))
+
         all_hits = []
         for text in texts:
             scores, rows = self._rank_words(text, k, condition, subset)
@@ -470,10 +509,13 @@ class OpenIndex:
         """Return the BM25 scores, best first, of the items of the first ranks, ties included, and their rows."""
         scores_T = self.load_words().scores(text)
         scores_N = self.filters.best_captions(scores_T, condition.language)
+
         rows = self._index.rows
         rows = rows[scores_N[rows] > 0]
         if subset.is_allowed_N is not None:
             rows = rows[subset.is_allowed_N[rows]]
+
+        # Items of equal scores are in the order of their rows, and a tie with the last rank is not cut.
         rows = rows[np.lexsort((rows, -scores_N[rows]))]
         scores = scores_N[rows]
         if len(rows) > depth:
@@ -493,16 +535,19 @@ class OpenIndex:
         has_removed = may_hold_removed(self.card, self.cache)
         if not (condition or has_removed):
             return _Subset(is_allowed_N=None, num_items=len(self._index), vectors=None)
+
         is_allowed_N = self.filters.mask(condition)
         if has_removed:
             is_allowed_N &= ~self.cache.removed_items(self.card.modality)
-        is_found_N = is_allowed_N[self._index.rows]
-        num_items = int(is_found_N.sum())
+        # A filter that all items pass is none, and the search needs no mask.
+        is_passing_N = is_allowed_N[self._index.rows]
+        num_items = int(is_passing_N.sum())
         if num_items == len(self._index):
             return _Subset(is_allowed_N=None, num_items=num_items, vectors=None)
+
         vectors = None
         if not self._index.is_exact and 0 < num_items <= _COMPARE_ALL:
-            rows = np.sort(self._index.rows[is_found_N])
+            rows = np.sort(self._index.rows[is_passing_N])
             vectors = (rows, self.query_encoder.indexed.read(rows))
         return _Subset(is_allowed_N=is_allowed_N, num_items=num_items, vectors=vectors)
 
@@ -511,12 +556,16 @@ class OpenIndex:
         if subset.vectors is not None:
             rows_QK, scores_QK = knn_of_blocks(queries_QP, [subset.vectors], k, products=products_on(self.device))
             return scores_QK, rows_QK
+
+        # The smaller the part that passes, the more of the index is visited to find as many that do.
         fraction = subset.num_items / len(self._index)
         parameters = {name: round(value / fraction) for name, value in self.card.search.items()}
         is_allowed_N = subset.is_allowed_N
         scores_QK, rows_QK = self._index.search(queries_QP, k, parameters, is_allowed_N=is_allowed_N)
         if (rows_QK >= 0).all():
             return scores_QK, rows_QK
+
+        # Rows of -1 are missing neighbors, which a search of everything finds.
         parameters |= {"nprobe": self._index.num_lists, "efSearch": len(self._index)}  # all of the index
         return self._index.search(queries_QP, k, parameters, is_allowed_N=is_allowed_N)
 
@@ -537,7 +586,9 @@ class CacheFilters:
         label: str = "label",
         timeout_s: float | None = None,
     ) -> None:
-        self._cache, self._modality, self._label = cache, modality, label
+        self._cache = cache
+        self._modality = modality
+        self._label = label
         self._timeout_s = timeout_s
         self._run_path = run_path if run_path is not None and (run_path / SPLIT).is_file() else None
         self._column = lru_cache(maxsize=None)(self._read_column)
@@ -568,8 +619,12 @@ class CacheFilters:
             column = self._column(name)
         except UnknownNameError:
             return {}
+
+        # An item may have captions in several languages, so it counts for each of them.
         if name == "language":
             return {value: int(self._has_language([value])[rows].sum()) for value in sorted(column.names)}
+
+        # A missing value has code -1: it is counted first, and left out.
         counts = np.bincount(column.codes[self._samples[rows]] + 1, minlength=len(column.names) + 1)[1:]
         return dict(sorted(zip(column.names, counts.tolist(), strict=True)))
 
@@ -579,6 +634,7 @@ class CacheFilters:
             scores_T = np.where(self._has_value("language", languages), scores_T, 0)
         if self._modality == "text":
             return scores_T
+
         captions = np.flatnonzero(scores_T)
         scores_S = np.zeros(self._cache.info.num_samples, np.float32)
         np.maximum.at(scores_S, self._caption_samples[captions], scores_T[captions])
@@ -615,6 +671,8 @@ class CacheFilters:
         """Read `language` of texts, or a column of the samples."""
         if name == "language" and "text" in self._cache.info.num_items:
             return _encode(self._cache.items("text", columns=["language"])["language"])
+
+        # The cache's own column takes precedence over the split of the run.
         column = self._label if name == "label" else name
         if name != "language" and column in self._cache.columns:
             return _encode(self._cache.column(column))
@@ -669,8 +727,11 @@ class _Column:
 
 
 def _encode(values: pa.ChunkedArray) -> _Column:
-    known = pc.unique(values).drop_null()
-    texts = [label_text(value) for value in known.to_pylist()]
+    uniques = pc.unique(values).drop_null()
+    texts = [label_text(value) for value in uniques.to_pylist()]
+
+    # Values of the same text share a code.
     code_of = {text: code for code, text in enumerate(dict.fromkeys(filter(None, texts)))}
     code_F = np.array([*(code_of.get(text or "", -1) for text in texts), -1], np.int64)  # the last is that of null
-    return _Column(names=list(code_of), codes=code_F[pc.fill_null(pc.index_in(values, value_set=known), -1).to_numpy()])
+    positions = pc.fill_null(pc.index_in(values, value_set=uniques), -1).to_numpy()
+    return _Column(names=list(code_of), codes=code_F[positions])
