@@ -86,6 +86,8 @@ class Validation:
         samples = pairs.samples
         if len(samples) > _MAX_SAMPLES:
             samples = samples[np.linspace(0, len(samples) - 1, _MAX_SAMPLES).astype(np.int64)]
+
+        # The items are read once, as every epoch is measured on the same ones.
         pairs = pairs.select(samples)
         self._inputs = first(pairs.first.rows), second(pairs.second.rows)
         self._positives = pairs.positives()
@@ -97,11 +99,12 @@ class Validation:
         first, second = (
             project(tower, inputs, device=self._device) for tower, inputs in zip(pair.towers, self._inputs, strict=True)
         )
-        of_first, of_second = self._positives
-        there, back = directions(pair.modalities)
+
+        first_positions, second_positions = self._positives
+        forward_name, backward_name = directions(pair.modalities)
         ranks = {
-            there: best_ranks(first, second, (of_first, of_second)),
-            back: best_ranks(second, first, (of_second, of_first)),
+            forward_name: best_ranks(first, second, (first_positions, second_positions)),
+            backward_name: best_ranks(second, first, (second_positions, first_positions)),
         }
         return {f"{direction} r@{k}": recall_at(ranks[direction], k) for direction in ranks for k in _KS}
 
@@ -134,13 +137,18 @@ class PairObjective(nn.Module):
 
     def loss(self, batch: Batch) -> Tensor:
         """Return the loss of a batch, a scalar."""
+        # Inputs are mixed before a tower, with the same weight on both sides.
         targets: PairTargets = batch.targets
         inputs = [_mix(side, targets.mix) for side in batch.inputs.values()]
+
+        # The items of all processes are negatives of each other, so the embeddings are gathered.
         counts = list(targets.num_items.values())
         outputs = [
             gather_rows(self._embed(tower, side), count)
             for tower, side, count in zip(self.pair.towers, inputs, counts, strict=True)
         ]
+
+        # A prefix is scaled to length 1 by itself.
         loss = outputs[0].new_zeros(())
         for width in self._widths:
             first, second = (unit_rows(output[:, :width]) for output in outputs)
@@ -159,8 +167,11 @@ class PairObjective(nn.Module):
         """Project this process's items: (b, P) float32, not normalized."""
         num_tokens = inputs.values.shape[1] if inputs.values.ndim == 3 else 1
         part_rows = max(1, MAX_VECTORS // num_tokens)
-        if len(inputs.values) <= part_rows or has_batch_norm(tower):  # a batch that is normalized must not be divided
+
+        # A batch that is normalized must not be divided.
+        if len(inputs.values) <= part_rows or has_batch_norm(tower):
             return self._project(tower, inputs.values, inputs.lengths)
+
         return torch.cat(
             [
                 checkpoint(
@@ -213,13 +224,19 @@ class _UnitRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient_BP: Tensor) -> Tensor:
         unit_BP, lengths_B1 = ctx.saved_tensors
-        divisors_B1, result_BP = lengths_B1.clamp_min(_MIN_LENGTH), torch.empty_like(unit_BP)
+        divisors_B1 = lengths_B1.clamp_min(_MIN_LENGTH)
+        result_BP = torch.empty_like(unit_BP)
         for rows in blocks(len(unit_BP), _ROWS_PER_BLOCK):
-            unit, divisors, gradient = unit_BP[rows], divisors_B1[rows], gradient_BP[rows]
-            of_lengths = (unit / divisors).mul_(gradient).sum(dim=-1, keepdim=True)
-            of_lengths.masked_fill_(lengths_B1[rows] < _MIN_LENGTH, 0.0)
+            unit = unit_BP[rows]
+            divisors = divisors_B1[rows]
+            gradient = gradient_BP[rows]
+
+            # Below the least length the divisor is constant, so no gradient flows through the length.
+            length_gradients = (unit / divisors).mul_(gradient).sum(dim=-1, keepdim=True)
+            length_gradients.masked_fill_(lengths_B1[rows] < _MIN_LENGTH, 0.0)
+
             torch.div(gradient, divisors, out=result_BP[rows])
-            result_BP[rows].sub_(unit * of_lengths)
+            result_BP[rows].sub_(unit * length_gradients)
         return result_BP
 
 
@@ -248,8 +265,8 @@ def structure(inputs_BD: Tensor, outputs_BP: Tensor, *, temperature: float = 0.0
     × B. No gradient flows into the (B, D) inputs; the (B, P) outputs have any length. 1 or 2 items give 0. The
     temperature is the authors' setting.
     """
-    before_BD, after_BP = (normalize(side - side.mean(dim=0), dim=1) for side in (inputs_BD, outputs_BP))
-    result: Tensor = _Divergence.apply(before_BD, after_BP, temperature)  # type: ignore[no-untyped-call]
+    unit_inputs_BD, unit_outputs_BP = (normalize(side - side.mean(dim=0), dim=1) for side in (inputs_BD, outputs_BP))
+    result: Tensor = _Divergence.apply(unit_inputs_BD, unit_outputs_BP, temperature)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -271,7 +288,10 @@ class _Divergence(torch.autograd.Function):
         before, after = ctx.saved_tensors
         total = torch.zeros_like(after)
         for rows, _, log_q, log_middle in _neighborhoods(before, after, ctx.temperature):
-            q, slopes = log_q.exp(), log_q - log_middle  # slopes: derivative of twice the divergence by q
+            q = log_q.exp()
+            slopes = log_q - log_middle  # derivative of twice the divergence by q
+
+            # A similarity is of two items: the gradient of the tile goes to its columns, and to its rows.
             weights = q * (slopes - (q * slopes).sum(dim=1, keepdim=True))
             total.addmm_(weights.T, after[rows])
             total[rows].addmm_(weights, after)
