@@ -82,6 +82,8 @@ def in_memory_configurations(num_vectors: int, width: int) -> list[Configuration
     graph = Configuration(factory="HNSW32", memory_bytes=num_vectors * (4 * width + _LINK_BYTES + _ID_BYTES))
     coarse, coarse_bytes = _coarse_quantizer(num_vectors, width)
     candidates = [exact, graph] if num_vectors <= _FLAT_LIMIT else [graph]
+
+    # Product codes need enough vectors to train 256 centroids each, and groups of four dimensions.
     codes = [("SQfp16", 2 * width, 0), ("SQ8", width, 8 * width), ("SQ6", width * 6 / 8, 8 * width)]
     if width % 4 == 0 and num_vectors >= 256 * _POINTS_PER_LIST:
         codes.append((f"PQ{width // 4}", width / 4, 4 * 256 * width))
@@ -185,7 +187,9 @@ def draw_query_set(vectors: Vectors, progress: Progress) -> QuerySet:
             width=vectors.width,
             device=vectors.device,
         )
+
     rows = np.random.default_rng(1).permutation(queries.rows)[:_NUM_QUERIES]
+    # A single vector has no neighbor but itself.
     own = rows if queries is vectors and len(vectors.rows) > 1 else None
     searched = vectors.blocks("searching exactly", progress)
     return make_query_set(queries.read(rows), searched, own=own, device=vectors.device)
@@ -197,9 +201,9 @@ def make_query_set(
     """Find the true neighbors of queries by exact search. Memory: as of `knn_of_blocks`."""
     rows, scores = knn_of_blocks(queries_QP, blocks, _NUM_TRUE, products=products_on(device))
     if own is not None:
-        last = _own_last(rows, own)
-        scores = np.take_along_axis(scores, last, axis=1)[:, :-1]
-        rows = np.take_along_axis(rows, last, axis=1)[:, :-1]
+        order = _own_last(rows, own)
+        scores = np.take_along_axis(scores, order, axis=1)[:, :-1]
+        rows = np.take_along_axis(rows, order, axis=1)[:, :-1]
     return QuerySet(vectors=queries_QP, own=own, scores=scores, rows=rows)
 
 
@@ -221,7 +225,10 @@ def measure_index(
     Returns the fields of `IndexCard` on recall and latency.
     """
     progress = progress or NullProgress()
+
+    # The margin keeps the recall of the other queries from falling just below what was requested.
     parameters = tune_search(index, queries.half(0), min_recall + (1 - min_recall) / 4, progress)
+
     test = queries.half(1)
     rows_QK = test.search(index, parameters)
     return {
@@ -236,6 +243,7 @@ def measure_index(
 def measure_latency_ms(index: RowIndex, queries_QP: Floats, k: int, parameters: Mapping[str, int]) -> float:
     """Measure the median milliseconds of single queries."""
     index.search(queries_QP[:1], k, parameters)  # the first search starts threads
+
     seconds = []
     for query in queries_QP:
         started = time.perf_counter()
@@ -252,13 +260,18 @@ def tune_search(index: RowIndex, queries: QuerySet, target: float, progress: Pro
     choices = parameter_choices(index)
     if len(choices) == 1:
         return choices[0]
+
     progress.start("tuning the search", 0, "settings")  # how many are needed is not known
     for parameters in choices:
         recalls.append(queries.recall(queries.search(index, parameters), queries.k))
+
+        # Of equal recalls the first stays, which is the fastest.
         best = max(best, (recalls[-1], parameters), key=lambda pair: pair[0])
         progress.advance(1)
+
         if recalls[-1] >= target or _is_flat(recalls):
             break
+
     progress.finish()
     return best[1]
 
@@ -316,7 +329,8 @@ def build_index(
         DataError: the feature has several vectors per item, or no valid item.
     """
     settings = merge_settings(IndexSettings, settings, options)
-    index, progress = Path(index), to_progress(progress)
+    index = Path(index)
+    progress = to_progress(progress)
     vectors = Vectors(
         cache,
         settings.modality,
@@ -325,12 +339,15 @@ def build_index(
         width=settings.width,
         device=settings.device,
     )
+
     if not (index / CARD).is_file():  # so that nothing is put into a folder of others
         _candidates(settings, len(vectors.rows), vectors.width)
         if settings.factory is not None:
             check_factory(settings.factory, len(vectors.rows))
         allowed = [LOCK, CARD, STATE, "record.json", *_FILES_OF_VECTORS]
         prepare_folder(index, kind="an index", marker=LOCK, allowed=allowed)
+
+    # The card is read under the lock, as another process may have finished the index meanwhile.
     with locked(index):
         card = read_card(index) if (index / CARD).is_file() else None
         if card is not None:
@@ -338,6 +355,8 @@ def build_index(
         if card is None or _is_outdated(index, card, vectors):
             card = _build(index, vectors, card, settings, progress)
             write_card(index, card)
+
+        # The card comes first: until it names the new files, only the state does.
         (index / STATE).unlink(missing_ok=True)
         _remove_others(index, card.files)
     return card
@@ -364,10 +383,14 @@ def _check_reuse(index_path: Path, card: IndexCard, vectors: Vectors, settings: 
         raise FingerprintError(
             f"index {index_path}: expected the samples of {vectors.cache.path}, got others; {new_folder}"
         )
+
+    # The samples were compared above, and the digest changes as the cache grows, so that of the card stands in.
     factory = settings.factory or card.factory
     source = _source(vectors, index_path)
     requested = {**source, "index_digest": card.index_digest, "factory": factory, "width": vectors.width}
     check_card(index_path, card, requested, next_step=new_folder)
+
+    # What counts is the index with the items that are about to be added.
     memory = _grown(card, len(vectors.rows)).memory_bytes or card.file_bytes
     if settings.memory is not None and memory > settings.memory:
         raise SettingError(
@@ -396,9 +419,11 @@ def _build(
         "min_recall": settings.min_recall,
         "on_disk": settings.on_disk,
     }
+
     with record_stage(index_path / "record.json", "index", record) as outcome, writing(index_path):
         builder = _Builder(index_path, source, vectors, old, progress)
         kind, index, quality = _find_index(builder, settings)
+
         card = IndexCard(
             **source,
             factory=kind.factory,
@@ -426,18 +451,23 @@ def _find_index(builder: "_Builder", settings: IndexSettings) -> tuple[Configura
     num = len(vectors.rows)
     candidates = _candidates(settings, num, vectors.width) if old is None else [_grown(old, num)]
     must_keep = old is not None and may_hold_removed(old, vectors.cache)
+
     factories = [candidate.factory for candidate in candidates]
     if builder.state.factory in factories:  # the ones before it were rejected
         candidates = candidates[factories.index(builder.state.factory) :]
+
     queries: QuerySet | None = None
     recalls: dict[str, float] = {}
     for candidate in candidates:
         index = builder.build(candidate)
+
+        # All candidates are measured with the same queries, whose exact search is done once.
         queries = queries or draw_query_set(vectors, builder.progress)
         quality = measure_index(index, queries, settings.min_recall, builder.progress)
         recall = quality["recall_at_10"]
         if recall >= settings.min_recall or must_keep:
             return candidate, index, quality
+
         builder.progress.note(f"{candidate.factory}: recall@10 {recall:.3f} is too low, not kept")
         recalls[candidate.factory] = recall
         if not candidate.factory.startswith("HNSW"):  # the next ones have fewer bits, and miss more
@@ -489,6 +519,8 @@ class _Builder:
         self._is_changed = False  # whether the last part has vectors that no file has
         if not (folder / STATE).is_file():
             return
+
+        # A cache that only gained samples has another digest, and is the same source.
         state = read_state(folder)
         stored = str(state.source.get("index_digest"))
         same_rows = {"index_digest": stored} if vectors.cache.info.has_rows_of(stored) else {}
@@ -507,19 +539,22 @@ class _Builder:
         can stay on disk.
         """
         part = self._start(kind)
-        missing = np.setdiff1d(self.vectors.rows, self._stored_rows(part), assume_unique=True)
-        is_missing_N = np.zeros(self.vectors.feature.num_items, bool)
-        is_missing_N[missing] = True
-        self.progress.start(f"indexing as {kind.factory}", len(missing), noun(self.vectors.modality))
+        new_rows = np.setdiff1d(self.vectors.rows, self._stored_rows(part), assume_unique=True)
+        is_new_N = np.zeros(self.vectors.feature.num_items, bool)
+        is_new_N[new_rows] = True
+
+        self.progress.start(f"indexing as {kind.factory}", len(new_rows), noun(self.vectors.modality))
         last_checkpoint = time.monotonic()
         writing_s = 0.0
-        for number in distinct(missing // self.vectors.cache.info.chunk_size):
+        for number in distinct(new_rows // self.vectors.cache.info.chunk_size):
+            # Only the last part is in memory, which its size bounds.
             if kind.is_on_disk and part.num_bytes >= PART_BYTES:
                 self._save(part, is_complete=True)
                 self._complete = dict(self.state.files)
                 part.reset()
+
             rows, vectors_BP = self.vectors.chunk(int(number))
-            is_new = is_missing_N[rows]
+            is_new = is_new_N[rows]
             part.add(rows[is_new], vectors_BP[is_new])
             self._is_changed = True
             self.progress.advance(int(is_new.sum()))
@@ -530,6 +565,7 @@ class _Builder:
                 self._save(part, is_complete=False)
                 last_checkpoint = time.monotonic()
                 writing_s = last_checkpoint - started if CHECKPOINT_S else 0.0
+
         self.progress.finish()
         self._save(part, is_complete=True)
         if not kind.is_on_disk:
@@ -545,6 +581,8 @@ class _Builder:
         """Return the last part that an earlier build left, or a new one that is trained and empty."""
         device = self.vectors.device
         paths = index_paths(self.folder, self.state.files)
+
+        # An unfinished build of another kind is given up for the finished index, if there is one.
         if self.state.factory != kind.factory or (len(paths) > 1 and not kind.is_on_disk):
             files = {} if self.card is None else self.card.files
             paths = index_paths(self.folder, files)
@@ -564,16 +602,20 @@ class _Builder:
         for name, file in self.state.files.items():
             if name.endswith(".npy") or self.folder / name == paths[-1]:
                 check_file(self.folder / name, file.checksum, next_step=self._next_step(name))
+
         part = read_index(paths[-1:], device=device)
         self._check_lists(part, kind)
-        last = {paths[-1].name, rows_path(paths[-1]).name}
-        self._complete = {name: file for name, file in self.state.files.items() if name not in last}
+        part_names = {paths[-1].name, rows_path(paths[-1]).name}
+        self._complete = {name: file for name, file in self.state.files.items() if name not in part_names}
         self._is_changed = not paths[-1].name.startswith("index-")
+
+        # Removed samples cost all that was added, but not the training.
         if not np.isin(self._stored_rows(part), self.vectors.rows).all():
             self.progress.note(_REMOVED)
             self._complete = {}
             self._is_changed = True
             part.reset()
+
         part.resume()
         return part
 
@@ -591,13 +633,15 @@ class _Builder:
         """Write the last part, unless its file is up to date, and record that in `building.json`."""
         if is_complete and not self._is_changed:
             return
+
         name = f"partial-{len(part)}.faiss"
         if is_complete:
+            # A name that the finished index uses would overwrite its file.
             old_files = {} if self.card is None else self.card.files
-            numbers = [
-                int(path.stem.partition("-")[2]) for path in index_paths(self.folder, {**old_files, **self._complete})
-            ]
+            paths = index_paths(self.folder, {**old_files, **self._complete})
+            numbers = [int(path.stem.partition("-")[2]) for path in paths]
             name = f"index-{max(numbers, default=-1) + 1}.faiss"
+        # The state names a file only after it is written.
         part.write(self.folder / name)
         files = describe_files(self.folder, (name, rows_path(Path(name)).name))
         self._write_state(files={**self._complete, **files})
