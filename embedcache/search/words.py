@@ -41,12 +41,15 @@ class Words:
     """
 
     def __init__(self, table: pa.Table, num_captions: int) -> None:
-        self.table, self.num_captions = table, num_captions
+        self.table = table
+        self.num_captions = num_captions
+
         captions = table["captions"].combine_chunks()
         self._words = table["word"].combine_chunks()
         self._starts: Ints = captions.offsets.to_numpy()
         self._captions: Array = captions.values.to_numpy()
         self._counts: Array = table["counts"].combine_chunks().values.to_numpy()
+
         lengths_T = np.bincount(self._captions, weights=self._counts, minlength=num_captions)
         relative_T = lengths_T / max(lengths_T.mean() if num_captions else 0.0, 1.0)
         self._norms_T: Floats = (_K1 * (1 - _B + _B * relative_T)).astype(np.float32)
@@ -77,6 +80,7 @@ def open_words(folder: Path, cache: Cache, progress: Progress | None = None) -> 
     """
     if not cache.num_rows("text"):
         raise DataError(f"match: expected captions in {cache.path} to search by words, got none; use --match vectors")
+
     words = _read(folder / FILE, cache)
     if words is None:
         words = count_words(cache, progress)
@@ -90,12 +94,14 @@ def open_words(folder: Path, cache: Cache, progress: Progress | None = None) -> 
 
 def count_words(cache: Cache, progress: Progress | None = None) -> Words:
     """Count the words of all captions of a cache."""
-    progress, num_captions = progress or NullProgress(), cache.num_rows("text")
+    progress = progress or NullProgress()
+    num_captions = cache.num_rows("text")
     progress.start("counting words", num_captions, "captions")
     encoded, rows = [], []
     for block in blocks(num_captions, _BLOCK):
         lists = _split(cache.table("text", ["text"], rows=block)["text"].combine_chunks())
-        words, parents = pc.list_flatten(lists), pc.list_parent_indices(lists)
+        words = pc.list_flatten(lists)
+        parents = pc.list_parent_indices(lists)
         is_word = pc.not_equal(words, "")
         encoded.append(words.filter(is_word).dictionary_encode())
         rows.append((block.start + parents.filter(is_word).to_numpy()).astype(np.int32))
@@ -153,10 +159,12 @@ def _read(path: Path, cache: Cache) -> Words | None:
         return None
     try:
         table = read_table(path)
-        about, num_captions = _about(cache), cache.num_rows("text")
+        about = _about(cache)
+        num_captions = cache.num_rows("text")
         header = read_metadata(path, table.schema)
         captions, counts = (table[name].combine_chunks() for name in ("captions", "counts"))
         rows = captions.values.to_numpy()
+
         # A stranger's file may name captions that do not exist.
         is_valid = (
             {name: header.get(name) for name in about} == about
