@@ -154,6 +154,7 @@ class RowIndex:
         if self.num_lists and num_gpus(self._device):
             on_gpus = self._faiss.index_cpu_to_all_gpus(self._faiss.IndexFlatIP(self.width))
             self.index.clustering_index = on_gpus  # FAISS keeps no reference
+
         try:
             self.index.train(vectors_SP)
         except RuntimeError as error:
@@ -238,6 +239,7 @@ class RowIndex:
         is_large = len(queries_QP) >= GPU_BATCH and max(k, nprobe) <= MOST_SELECTED
         if not is_large or self._lists is not None or not num_gpus(self._device):
             return None
+
         faiss = self._faiss
         try:
             if self._on_gpu is None:
@@ -253,6 +255,7 @@ class RowIndex:
             announce(f"FAISS: the index is searched on the CPU ({_reason(error)})")
             self._device = "cpu"
             return None
+
         if self._has_id_map and len(self):
             ids_QK = np.where(ids_QK < 0, -1, self.rows[ids_QK])
         return scores_QK, ids_QK
@@ -317,6 +320,7 @@ def read_index(paths: Sequence[Path], *, is_mapped: bool = False, device: str = 
     except (RuntimeError, AttributeError, MemoryError, ValueError) as error:
         name = " or ".join(map(str, paths))
         raise CorruptError(f"{name}: expected a FAISS index of rows, got an error: {_reason(error)}") from error
+
     if parts:
         pointers = faiss.InvertedListsPtrVector()
         for part in parts:
