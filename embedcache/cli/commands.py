@@ -438,7 +438,7 @@ def command(
     }
 
     def declare(function: F) -> F:
-        # The order is that of `--help`: the function's own options, its settings, then options that all commands have.
+        # `--help` lists the function's own options, then its settings, then the options that all commands have.
         parameters = []
         for parameter in inspect.signature(function, eval_str=True).parameters.values():
             if parameter.name not in settings:

@@ -152,7 +152,7 @@ def quickstart(
 
     Args:
         data: a folder, table or tar with images, or another location that `open_source` accepts.
-        folder: folder of all results: a new one, or that of an earlier quickstart of the same data.
+        folder: folder of all results: a new folder, or the folder of an earlier quickstart of the same data.
         image_encoder: encoder of images; the default is packaged.
         text_encoder: encoder of captions and queries; the default is packaged.
         progress: also receives each command and outcome.
@@ -259,7 +259,7 @@ def _write(report: QuickstartReport) -> None:
 
 def _check_folder(data: str, folder: Path) -> None:
     """Check that results do not lie among the data, or replace those of a study or another artifact."""
-    # With the data left out, the only path on the command line is that of the data, mistaken for the folder.
+    # A single path on the command line is the folder, but the user may have meant the data.
     location = data if data != SOURCE else folder
     new = f"embedcache quickstart {quoted(location)} {quoted('embedcache-quickstart')}"
     if folder.is_dir():
@@ -275,7 +275,7 @@ def _check_folder(data: str, folder: Path) -> None:
 
     try:
         kind = recognize(folder)
-    except PathError:  # a new folder, or that of an earlier quickstart
+    except PathError:  # a new folder, or the folder of an earlier quickstart
         return
     raise PathError(
         f"{folder}: expected a new folder, or that of an earlier quickstart, got a finished {kind}; give the path of "

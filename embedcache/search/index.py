@@ -384,13 +384,13 @@ def _check_reuse(index_path: Path, card: IndexCard, vectors: Vectors, settings: 
             f"index {index_path}: expected the samples of {vectors.cache.path}, got others; {new_folder}"
         )
 
-    # The samples were compared above, and the digest changes as the cache grows, so that of the card stands in.
+    # The samples were compared above. The digest changes as the cache grows, so the card's digest replaces it.
     factory = settings.factory or card.factory
     source = _source(vectors, index_path)
     requested = {**source, "index_digest": card.index_digest, "factory": factory, "width": vectors.width}
     check_card(index_path, card, requested, next_step=new_folder)
 
-    # What counts is the index with the items that are about to be added.
+    # The limit applies to the index with the items that are about to be added.
     memory = _grown(card, len(vectors.rows)).memory_bytes or card.file_bytes
     if settings.memory is not None and memory > settings.memory:
         raise SettingError(

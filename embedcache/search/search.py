@@ -269,7 +269,7 @@ class HitReader:
         if not len(self._texts):
             return [[]] * len(rows_K)
 
-        # A caption is its own only one; other items have all captions of their sample.
+        # A caption has only itself; other items have all captions of their sample.
         if self._modality == "text":
             starts = rows_K
             counts = np.ones(len(rows_K), np.int64)
@@ -539,7 +539,7 @@ class OpenIndex:
         is_allowed_N = self.filters.mask(condition)
         if has_removed:
             is_allowed_N &= ~self.cache.removed_items(self.card.modality)
-        # A filter that all items pass is none, and the search needs no mask.
+        # If all items pass the filter, the search needs no mask.
         is_passing_N = is_allowed_N[self._index.rows]
         num_items = int(is_passing_N.sum())
         if num_items == len(self._index):
@@ -565,7 +565,7 @@ class OpenIndex:
         if (rows_QK >= 0).all():
             return scores_QK, rows_QK
 
-        # Rows of -1 are missing neighbors, which a search of everything finds.
+        # A row of -1 is a missing neighbor. An exhaustive search finds it.
         parameters |= {"nprobe": self._index.num_lists, "efSearch": len(self._index)}  # all of the index
         return self._index.search(queries_QP, k, parameters, is_allowed_N=is_allowed_N)
 

@@ -532,7 +532,7 @@ def match_keys(caches: Sequence[Cache], keys: pa.Array) -> tuple[Ints, Ints]:
         (M,) int64 samples that have one of the (K,) keys, ascending and counted across caches; and (M,) int64 the first
         place of the key of each.
     """
-    # The first pieces are empty, since nothing could not be concatenated.
+    # The empty pieces are there because an empty list cannot be concatenated.
     rows = [np.empty(0, np.int64)]
     places = [np.empty(0, np.int64)]
 

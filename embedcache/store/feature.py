@@ -166,7 +166,7 @@ def _has_right_size(file: Path) -> bool:
     except (FileNotFoundError, PathError, CorruptError):
         return False
     except (LookupError, TypeError, ValueError):
-        # These are the metadata of another array: the chunk and they are written again.
+        # These are the metadata of another array, so they are rewritten with the chunk.
         return False
 
 
@@ -390,7 +390,7 @@ class Feature:
         if chunk not in self._commits:
             commit = self._own(self.group.commit(chunk))
             if commit is not None:
-                # Before the commit is kept: a thread that sees the commit does not set these rows.
+                # Set first, because a thread that finds the commit relies on these rows.
                 self._valid_N[self._rows(chunk)] = is_none(commit.failures[self.feature])
             self._commits[chunk] = commit
         return self._commits[chunk]
@@ -417,7 +417,7 @@ class Feature:
     @property
     def valid(self) -> Bools:
         """(N,) bool, whether each item has this feature; `has` tells of a few."""
-        # Rows are known of the chunks whose commits were read, so all are read.
+        # Reading a commit sets the rows of its chunk, so all commits are read.
         _ = self.commits
         return self._valid_N
 
@@ -440,7 +440,7 @@ class Feature:
     @cached_property
     def failed(self) -> tuple[Ints, pa.ChunkedArray]:
         """Rows of the failed items, ascending, and the reason of each: (M,) int64 and M strings."""
-        # The first pieces are empty, since nothing could not be concatenated.
+        # The empty pieces are there because an empty list cannot be concatenated.
         rows = [np.empty(0, np.int64)]
         reasons = [pa.array([], pa.string())]
 

@@ -276,7 +276,7 @@ class Table:
         stop = len(self) if stop is None else stop
         schema = self.schema if columns is None else pa.schema([self.schema.field(name) for name in columns])
 
-        # The first piece is empty, since no pieces could not be concatenated.
+        # The empty piece is there because an empty list cannot be concatenated.
         pieces = [schema.empty_table()]
         for file, first in zip(self._files, self._starts.tolist(), strict=False):
             rows = range(max(start - first, 0), min(stop - first, file.num_rows))

@@ -374,7 +374,7 @@ def write_run_split(
     if is_default and any("split" in cache.columns for cache in data.caches):
         progress.note("--split strict ignores the column 'split' of the samples; --split column follows it")
 
-    # The split is written last: where it exists, so does the copy of the selection.
+    # The split is written last: if it exists, so does the copy of the selection.
     split = data.split(pairs, settings.split, progress=progress)
     write_split(path, data.caches, split)
     return split

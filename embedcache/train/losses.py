@@ -193,7 +193,7 @@ class MultiPositive(nn.Module):
         >>> images_BP, texts_MP = torch.eye(2), torch.eye(2)[[0, 0, 1]]
         >>> positives = Positives(first=torch.tensor([0, 0, 1]), second=torch.tensor([0, 1, 2]))
         >>> loss = MultiPositive()(images_BP, texts_MP, torch.tensor(20.0), positives)
-        >>> round(loss.item(), 3)  # (log 2 + log 1) / 4: two captions share the softmax of image 0
+        >>> round(loss.item(), 3)  # log 2 / 4, since two captions share the softmax of image 0
         0.173
     """
 
@@ -223,8 +223,8 @@ class SigLip(nn.Module):
 
     Inputs: any number of positives per item.
 
-    Relations: without a softmax, a row does not depend on the other rows of its column, as it does in `InfoNce`. `Sail`
-    is the same sum, averaged over all pairs.
+    Relations: there is no softmax as in `InfoNce`, so the term of a pair depends on that pair only. `Sail` is the same
+    sum, averaged over all pairs.
 
     "Sigmoid Loss for Language Image Pre-Training" (2023), equation 1.
 
@@ -266,7 +266,7 @@ class SigLip(nn.Module):
 class Sail(SigLip):
     """The loss of SAIL: SigLIP's sum, averaged over all B × M pairs.
 
-    Its gradients are M times smaller than those of `SigLip`, so it needs a larger learning rate or batch.
+    Its gradients are M times smaller than SigLIP's.
 
     "Assessing and Learning Alignment of Unimodal Vision and Language Models" (CVPR 2025).
 
@@ -308,7 +308,7 @@ def _log_sum_exp(
         if not is_safe:
             return logits_TM.logsumexp(dim=1), logits_TM.logsumexp(dim=0)
 
-        # Plain sums of powers take one pass less than `logsumexp`, and one matrix less.
+        # The powers replace the logits, so there is no second matrix.
         powers_TM = logits_TM.exp_()
         return powers_TM.sum(dim=1), powers_TM.sum(dim=0)
 
@@ -333,7 +333,7 @@ def _softplus_sum(left_BP: Tensor, right_MP: Tensor, scale: Tensor, bias: Tensor
     def sum_tile(left_TP: Tensor, right_MP: Tensor, scale: Tensor, bias: Tensor, start: int) -> Tensor:
         del start
         logits_TM = _products(left_TP * scale, right_MP) + bias
-        # Below the threshold the gradient is exact. PyTorch's default of 20 would round it.
+        # Beyond the threshold softplus is linear, which is exact in float64 from 40 on, but not from the default 20 on.
         return softplus(logits_TM, threshold=40.0).sum()
 
     def sum_process(left_BP: Tensor, right_MP: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor]:
@@ -357,7 +357,7 @@ def _tiles(
     num_bytes = len(left_BP) * len(right_MP) * left_BP.itemsize // num_processes()
     fits = num_bytes <= KEPT_BYTES
 
-    # Processes take turns, so that each has its share even if the last tiles are missing.
+    # Processes take turns, so that their numbers of tiles differ by one at most.
     for start in range(0, len(left_BP), num_rows)[process_rank() :: num_processes()]:
         rows = slice(start, start + num_rows)
         arguments = left_BP[rows], right_MP, *others, start

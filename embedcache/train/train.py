@@ -119,7 +119,7 @@ class TrainReport(Manifest):
                 f"train on a whole budget, select it with --selection {path} and train with --split {path}"
             )
 
-        # Where recipes were compared, the advice to compare them is of no use.
+        # If recipes were compared already, advice to compare them would be useless.
         if not self.best_epoch and self.samples_per_s and not self.recipes and self.num_samples:
             lines.append(
                 f"WARNING: no epoch was better on validation than the initialization, which was kept, with "
@@ -163,7 +163,7 @@ def train_task(
     with process_group(machine.device) as device:
         settings = replace_fields(settings, machine=replace_fields(machine, device=device))
 
-        # The digests of start runs are among those of the run, which is not reused after a start run changed.
+        # The digests of start runs belong to the run, so that it is not reused after a start run changed.
         init_digests = source_digests(settings.parts.init_from)
         info = replace_fields(
             info,
@@ -338,7 +338,7 @@ def _compare_recipes(data: TrainData, run_path: Path, settings: TrainSettings, p
             path = run_path / RECIPES / recipe.name
             reports.append(_train_pair(data, path, with_recipe(on_split, options), progress))
 
-            # A recipe without a score, where nothing could be compared, is below all others.
+            # A recipe has no score if validation had nothing to compare. It ranks below all others.
             score = -1.0 if reports[-1].score is None else reports[-1].score
             scores.append(RecipeScore(name=recipe.name, options=options, score=score))
             progress.note(f"recipe {recipe.name}: validation {score:.3f}")
@@ -349,7 +349,7 @@ def _compare_recipes(data: TrainData, run_path: Path, settings: TrainSettings, p
         chosen_number = [score.is_chosen for score in scores].index(True)
         report = replace_fields(reports[chosen_number], recipes=scores)
 
-        # The split is that of this run, not the file that the recipes were given.
+        # This run made the split, so the digest of the file that the recipes were given does not count.
         if run is not None:  # the first process
             winner = Run.open(run_path / RECIPES / best.name)
             digests = {name: value for name, value in winner.info.digests.items() if name != "split"}
@@ -564,9 +564,9 @@ def _hard_negatives(
     if not settings.negatives:
         return None
 
-    # Blocks of samples bound the memory of the check.
     negatives = read_negatives(settings.negatives_paths, data.caches)
     samples = training.samples
+    # Blocks bound the memory of the check.
     num_some = sum(
         int(np.isin(negatives.negatives_SK[samples[block]], samples).any(axis=1).sum())
         for block in blocks(len(samples), _CHECKED_ROWS)

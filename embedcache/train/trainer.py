@@ -295,7 +295,7 @@ class Trainer:
         score = measures.pop("score")
         self._log.write({"epoch": state.epoch, "validation": measures}, state.step, measures)
 
-        # With NaN alone, each epoch replaces the one before, so the last is kept.
+        # While all scores are NaN, each epoch replaces the previous one.
         if not state.best_weights or score > state.best_score or math.isnan(state.best_score):
             state.best_epoch = state.epoch
             state.best_score = score
@@ -447,7 +447,7 @@ class RunLog:
         if process_rank():
             return
 
-        # A log that was deleted, of no bytes, is no error.
+        # The user may have deleted the log, as the error below advises.
         path = run_path / LOG
         size = path.stat().st_size if path.is_file() else 0
         if 0 < size < num_bytes:
@@ -456,7 +456,7 @@ class RunLog:
                 f"go on without them, or {CHECKPOINT} to restart training"
             )
 
-        # Trackers open first: where one cannot start, the log stays as it is.
+        # Trackers open first, so that the log stays as it is if one cannot start.
         self._trackers = [_open_tracker(name, run_path, run_id=run_id, first_step=step) for name in report_to]
         self._file = path.open("ab")
         self._file.truncate(min(size, num_bytes))
@@ -592,7 +592,7 @@ def update(
 
     With float16 the scaler leaves out a step whose gradients overflow, and lowers the scale of the loss.
     """
-    # The norm is that of unscaled gradients.
+    # The norm is computed from unscaled gradients.
     scaler.unscale_(optimizer)
     nn.utils.clip_grad_norm_(trained.parameters(), max_grad_norm)
 
