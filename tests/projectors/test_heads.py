@@ -96,6 +96,20 @@ def test_head_sizes_match_the_papers(name: str, widths: list[tuple[int, int]], m
     assert round(count / 1e6, 1) == millions
 
 
+@pytest.mark.parametrize(
+    ("projector", "text_width", "shared_width", "count"),
+    [
+        ("cls_token+token_mlp", 1024, 1024, 11_553_793),  # DINOv2-L and all-roberta-large-v1
+        ("cls_token+token_mlp", 768, 768, 7_290_113),  # and mpnet
+        ("cls_token+token", 768, 768, 6_107_393),  # and CLIP's texts, without the head
+    ],
+)
+def test_pair_sizes_match_the_paper(projector: str, text_width: int, shared_width: int, count: int) -> None:
+    with torch.device("meta"):
+        pair = AlignedPair(projector, widths={"image": 1024, "text": text_width}, shared_width=shared_width)
+    assert sum(parameter.numel() for parameter in pair.parameters() if parameter.requires_grad) == count
+
+
 def test_vector_heads_compute_their_formulas() -> None:
     torch.manual_seed(0)
     rows = torch.randn(5, 6)
