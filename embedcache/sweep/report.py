@@ -1,6 +1,5 @@
 """The report of a sweep, as JSON and as a page."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,7 @@ class SweepConfig:
         scores: validation recall of each seed, the trial's own seed first.
         run_paths: one run per seed.
         test: cache -> retrieval on its test part, over all seeds.
-        kept_initialization: whether it was trained, and no epoch of any seed was better on validation than none.
+        kept_initialization: whether it was trained, but the initialization was best on validation with every seed.
     """
 
     number: int
@@ -88,9 +87,10 @@ class SweepReport:
 
     @property
     def warning(self) -> str:
-        """Warning that the winner is not a result of its settings of training; empty if it is one."""
+        """Warning that the training settings of the winner had no effect. It is empty if they had one."""
         if not self.winner.kept_initialization:
             return ""
+
         return (
             f"trial {self.winner.number} kept its initialization with every seed: no epoch was better on validation, "
             "so that settings of its training, such as lr, decided nothing"
@@ -99,7 +99,7 @@ class SweepReport:
     __repr__ = summary
 
     def line(self) -> str:
-        """Summarize what was trained in one line."""
+        """Summarize the study in one line."""
         features = " and ".join(side["feature"] for side in self.study["sides"].values())
         return (
             f"{features}, aligned {len(self.trials)} times; sampler {self.study['sampler']}, pruner "
@@ -108,18 +108,25 @@ class SweepReport:
 
     def counts(self) -> dict[str, int]:
         """Return the number of trials by state."""
-        counts = Counter(trial.state.name for trial in self.trials)
-        return {state: counts[name] for name, state in _STATES.items()}
+        counts = dict.fromkeys(_STATES.values(), 0)
+        for trial in self.trials:
+            counts[_STATES[trial.state.name]] += 1
+        return counts
 
 
 def get_reason(trial: "FrozenTrial") -> str:
-    """Return the reason why a trial failed; one that is repeated no more has none of its own."""
+    """Return the reason why a trial failed."""
+    # A killed process records no reason, and its trial fails once it is not tried again.
     return str(trial.user_attrs.get("reason", "its process was killed every time"))
 
 
 def sweep_json(report: SweepReport) -> dict[str, Any]:
-    """Return everything the page shows as JSON values."""
+    """Return all values on the page as JSON values."""
     winner = report.winner
+    # Names in JSON are strings.
+    left_out = {str(number): reason for number, reason in report.left_out.items()}
+    importance = {name: round_json(fraction) for name, fraction in report.importance.items()}
+
     return {
         "study": report.study,
         "counts": report.counts(),
@@ -129,32 +136,34 @@ def sweep_json(report: SweepReport) -> dict[str, Any]:
             "weights": Run.open(winner.run_paths[0]).info.weights,
             "command": report.command,
         },
-        "best": [
-            {
-                "trial": config.number,
-                "params": dict(config.params),
-                "score": round_json(config.score),
-                "mean_score": round_json(config.mean_score),
-                "scores": [round_json(score) for score in config.scores],
-                "num_parameters": config.num_parameters,
-                "num_pairs": config.num_pairs,
-                "runs": [str(run_path) for run_path in config.run_paths],
-                "test": {cache: retrieval_json(test) for cache, test in config.test.items()},
-            }
-            for config in report.best
-        ],
-        "left_out": {str(number): reason for number, reason in report.left_out.items()},
-        "importance": {name: round_json(fraction) for name, fraction in report.importance.items()},
-        "trials": [
-            {
-                "trial": trial.number,
-                "state": _STATES[trial.state.name],
-                "score": round_json(trial.value),
-                "params": trial.params,
-                **trial.user_attrs,
-            }
-            for trial in report.trials
-        ],
+        "best": list(map(_config_json, report.best)),
+        "left_out": left_out,
+        "importance": importance,
+        "trials": list(map(_trial_json, report.trials)),
+    }
+
+
+def _config_json(config: SweepConfig) -> dict[str, Any]:
+    return {
+        "trial": config.number,
+        "params": dict(config.params),
+        "score": round_json(config.score),
+        "mean_score": round_json(config.mean_score),
+        "scores": list(map(round_json, config.scores)),
+        "num_parameters": config.num_parameters,
+        "num_pairs": config.num_pairs,
+        "runs": list(map(str, config.run_paths)),
+        "test": {cache: retrieval_json(test) for cache, test in config.test.items()},
+    }
+
+
+def _trial_json(trial: "FrozenTrial") -> dict[str, Any]:
+    return {
+        "trial": trial.number,
+        "state": _STATES[trial.state.name],
+        "score": round_json(trial.value),
+        "params": trial.params,
+        **trial.user_attrs,
     }
 
 
@@ -163,6 +172,9 @@ def present_sweep(report: SweepReport, figures: Sequence[str] = ()) -> Presentat
     winner = report.winner
     counts = report.counts()
     num_seeds = pluralize(len(winner.scores), "seed")
+
+    # The tiles show one cache only; the sections compare all of them.
+    first_test = next(iter(winner.test.values()))
     return Presentation(
         title="embedcache sweep",
         lines=[report.line()],
@@ -173,7 +185,7 @@ def present_sweep(report: SweepReport, figures: Sequence[str] = ()) -> Presentat
                 format_fraction(winner.mean_score),
                 f"validation recall of the winner, trial {winner.number}, mean of {num_seeds}",
             ),
-            *recall_tiles(next(iter(winner.test.values()))),
+            *recall_tiles(first_test),
         ],
         sections=_sections(report, num_seeds, figures),
         record=lambda: read_json(report.json_path),
@@ -188,8 +200,6 @@ def present_sweep(report: SweepReport, figures: Sequence[str] = ()) -> Presentat
 
 def _sections(report: SweepReport, num_seeds: str, figures: Sequence[str]) -> list[Section]:
     winner = report.winner
-    failed = [[str(trial.number), get_reason(trial)] for trial in report.trials if trial.state.name == "FAIL"]
-    failed = [*([f"{number}, another seed", reason] for number, reason in report.left_out.items()), *failed]
     left_out = f", without {len(report.left_out)} that another seed fails on" if report.left_out else ""
     best = Section(
         title="Best configurations",
@@ -202,23 +212,23 @@ def _sections(report: SweepReport, num_seeds: str, figures: Sequence[str]) -> li
         ],
         table=best_table(report.best),
     )
-    tests = [
-        Section(
-            title=f"Retrieval on test: {cache}",
-            notes=[
-                "Validation selected the configurations; the test part was used only now. In brackets: the 95% "
-                "interval over groups of near-duplicates; for chance, the range of 95% of random orders.",
-                f"{winner.test[cache].line()}.",
-            ],
-            table=table,
-        )
-        for cache, table in test_tables(report.best).items()
-    ]
+
+    tests = []
+    for cache, table in test_tables(report.best).items():
+        notes = [
+            "Validation selected the configurations; the test part was used only now. In brackets: the 95% "
+            "interval over groups of near-duplicates; for chance, the range of 95% of random orders.",
+            f"{winner.test[cache].line()}.",
+        ]
+        tests.append(Section(title=f"Retrieval on test: {cache}", notes=notes, table=table))
+
     again = Section(
         title="Train the winner again",
         notes=[f"With its first seed; the weights are identical to those of {winner.run_paths[0]}."],
         code=report.command,
     )
+
+    fractions = [[name, f"{fraction:.2f}"] for name, fraction in report.importance.items()]
     importance = Section(
         title="Which settings matter",
         notes=[
@@ -227,23 +237,27 @@ def _sections(report: SweepReport, num_seeds: str, figures: Sequence[str]) -> li
             if report.importance
             else "There are too few complete trials, or their scores are too similar, to tell which setting matters."
         ],
-        table=(["setting", "fraction"], [[name, f"{each:.2f}"] for name, each in report.importance.items()]),
+        table=(["setting", "fraction"], fractions),
         num_printed=0,
     )
+
     trials = Section(
         title="All trials",
         notes=["Scores in order of trials, then each complete trial as a line through its settings; darker is better."],
         figures=lambda: figures,
     )
-    failures = Section(title="Failures", table=(["trial", "reason"], failed), num_printed=0)
-    return [
-        best,
-        *tests,
-        again,
-        importance,
-        trials,
-        *([failures] if failed else []),
-    ]
+    sections = [best, *tests, again, importance, trials]
+
+    # A configuration fails as a trial, or with another seed when it is retrained.
+    failures = []
+    for number, reason in report.left_out.items():
+        failures.append([f"{number}, another seed", reason])
+    for trial in report.trials:
+        if trial.state.name == "FAIL":
+            failures.append([str(trial.number), get_reason(trial)])
+    if failures:
+        sections.append(Section(title="Failures", table=(["trial", "reason"], failures), num_printed=0))
+    return sections
 
 
 def best_table(best: Sequence[SweepConfig]) -> Table:
@@ -251,24 +265,27 @@ def best_table(best: Sequence[SweepConfig]) -> Table:
     names = list(best[0].params)
     rows = []
     for config in best:
-        values = [config.params[name] for name in names]
-        rows.append(
-            [
-                str(config.number),
-                *(f"{value:.4g}" if isinstance(value, float) else str(value) for value in values),
-                format_count(config.num_parameters),
-                format_count(config.num_pairs),
-                format_fraction(config.score),
-                f"{config.mean_score:.3f} [{min(config.scores):.3f}, {max(config.scores):.3f}]",
-            ]
-        )
+        row = [str(config.number)]
+        # The columns have the order of the best trial.
+        for name in names:
+            value = config.params[name]
+            row.append(f"{value:.4g}" if isinstance(value, float) else str(value))
+        row += [
+            format_count(config.num_parameters),
+            format_count(config.num_pairs),
+            format_fraction(config.score),
+            f"{config.mean_score:.3f} [{min(config.scores):.3f}, {max(config.scores):.3f}]",
+        ]
+        rows.append(row)
+
     columns = ["trial", *names, "parameters", "pairs seen", "score of the trial", "mean of seeds [min, max]"]
     return columns, rows
 
 
 def test_tables(best: Sequence[SweepConfig]) -> dict[str, Table]:
     """Return a table of test retrieval per cache: one row per configuration, and the chance level."""
-    return {
-        cache: retrieval_table({f"trial {config.number}": config.test[cache] for config in best})
-        for cache in best[0].test
-    }
+    tables = {}
+    for cache in best[0].test:
+        reports = {f"trial {config.number}": config.test[cache] for config in best}
+        tables[cache] = retrieval_table(reports)
+    return tables
