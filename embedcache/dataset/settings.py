@@ -39,7 +39,13 @@ def with_split_seed(options: Mapping[str, Any], settings: Any = None) -> dict[st
 
 
 class SplitSettings(Settings):
-    """Settings of a split: how samples are divided into training, validation and test parts."""
+    """Settings of a split: how samples are divided into training, validation and test parts.
+
+    Example:
+        >>> split = SplitSettings(kind="key", val_fraction=0.05, test_fraction=0.1)
+        >>> round(1 - split.val_fraction - split.test_fraction, 2)  # for training
+        0.85
+    """
 
     kind: str = setting(
         "strict",

@@ -93,6 +93,14 @@ def evaluate_adapter(
         DataError: the run is not an adapter of a plain feature, or the part or the cache has too few items.
         FingerprintError: the cache has features of other encoders.
         SettingError: the control was not fitted on shuffled rows.
+
+    Example:
+        >>> _ = embedcache.fit_adapter("two-encoders", "adapter", feature="new/cls", target="old/cls", split="key")
+        >>> report = embedcache.evaluate_adapter("two-encoders", "adapter", part="test")
+        >>> report.num_queries
+        15
+        >>> report.old["adapter"].value > report.old["chance"].value
+        True
     """
     settings = merge_settings(AdapterEvalSettings, settings, options)
     progress = to_progress(progress)

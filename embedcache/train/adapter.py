@@ -120,7 +120,13 @@ def fit_adapter(
         DataError: too few samples have both features, or a feature has several vectors per item.
 
     Example:
-        >>> embedcache.fit_adapter("cache", "adapter", feature="new/cls", target="old/cls")
+        >>> report = embedcache.fit_adapter("two-encoders", "adapter", feature="new/cls", target="old/cls", split="key")
+        >>> report.num_samples
+        {'train': 39, 'val': 6, 'test': 15}
+        >>> _ = embedcache.build_index("two-encoders", "index", feature="old/cls")
+        >>> hits = embedcache.search_index("index", embedcache.Queries(images="00003.png"), adapter="adapter", k=1)
+        >>> hits[0][0].key
+        '00003'
     """
     settings = merge_settings(AdapterSettings, settings, {})
     settings = replace_flat(settings, with_split_seed(options, settings))

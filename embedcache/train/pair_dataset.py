@@ -42,8 +42,8 @@ class PairDataset(Dataset[dict[str, Tensor]]):
     Args:
         caches: one cache, or several made by the same encoders.
         feature: features of two modalities, as in `train_projectors`.
-        part: `train`, `val` or `test` as `train_projectors` divides the samples; None: all samples.
-        language: only captions of this language; None: as in `train_projectors`; `any`: all.
+        part: `train`, `val` or `test` as `train_projectors` divides the samples. If None, all samples.
+        language: language of the captions, or `any` for all. If None, chosen as in `train_projectors`.
         progress: progress of a strict split.
         options: how samples are divided, by the names of `SplitSettings` on the command line, such as `split="key"`.
 
@@ -53,6 +53,14 @@ class PairDataset(Dataset[dict[str, Tensor]]):
         FingerprintError: different encoders made the caches.
         DataError: no sample has both features, a part is empty, or the number of tokens of a feature varies.
         SettingError: not two modalities, or a split that leaves nothing for a part.
+
+    Example:
+        >>> dataset = embedcache.PairDataset("cache", part="train", split="key")
+        >>> len(dataset), dataset[0]["image"].shape
+        (39, torch.Size([48]))
+        >>> batch = dataset[:8]
+        >>> batch["text"].shape, batch["sample"].tolist()
+        (torch.Size([8, 32]), [0, 1, 2, 4, 6, 7, 9, 10])
     """
 
     def __init__(

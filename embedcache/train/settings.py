@@ -25,7 +25,13 @@ Initialization: TypeAlias = Literal["cca", "csa", "procrustes", "ridge", "random
 
 
 class ModelSettings(Settings):
-    """Architecture of the projectors and their initialization."""
+    """Architecture of the projectors and their initialization.
+
+    Example:
+        >>> settings = TrainSettings(model=ModelSettings(projector="linear", shared_width=64))
+        >>> settings.model.projector, settings.model.dropout
+        ('linear', 0.1)
+    """
 
     projector: str = setting(
         "mlp",
@@ -46,7 +52,13 @@ class ModelSettings(Settings):
 
 
 class OptimizerSettings(Settings):
-    """AdamW with linear warm-up and cosine decay to zero."""
+    """Settings of AdamW, whose learning rate warms up linearly and then decays to zero along a cosine.
+
+    Example:
+        >>> settings = TrainSettings(optimizer=OptimizerSettings(epochs=5, batch_size=256))
+        >>> settings.optimizer.epochs, settings.optimizer.lr
+        (5, 0.001)
+    """
 
     epochs: int = setting(30, "Passes over the training samples; 0 keeps the closed form as it is.", ge=0, le=10**6)
     batch_size: int | None = setting(
@@ -68,7 +80,13 @@ class OptimizerSettings(Settings):
 
 
 class LossSettings(Settings):
-    """Training objective."""
+    """Settings of the training loss.
+
+    Example:
+        >>> settings = TrainSettings(loss=LossSettings(name="siglip", widths=(64, 128)))
+        >>> settings.loss.name, settings.loss.widths
+        ('siglip', (64, 128))
+    """
 
     name: str = setting(
         "multi_positive",
@@ -94,7 +112,13 @@ class LossSettings(Settings):
 
 
 class MachineSettings(Settings):
-    """Where and how training runs."""
+    """Settings of the machine: device, precision, threads and memory.
+
+    Example:
+        >>> settings = TrainSettings(machine=MachineSettings(device="cpu", threads=1))
+        >>> settings.machine.device, settings.machine.precision
+        ('cpu', 'float32')
+    """
 
     device: str = setting(
         AUTO,
@@ -165,7 +189,16 @@ class FitSettings(Settings):
 
 
 class TrainSettings(Settings):
-    """All settings of a training run."""
+    """Settings of `train_projectors`, nested by topic. A setting passed by name replaces the value given here.
+
+    Example:
+        >>> settings = TrainSettings(optimizer=OptimizerSettings(epochs=2), split=SplitSettings(kind="key"))
+        >>> settings.optimizer.epochs, settings.split.kind, settings.seed
+        (2, 'key', 0)
+        >>> report = embedcache.train_projectors("cache", "short-run", settings=settings, epochs=1)
+        >>> report.best_epoch <= 1
+        True
+    """
 
     recipe: Literal["auto"] | None = setting(
         None,
@@ -282,7 +315,13 @@ def command_line(settings: TrainSettings) -> list[str]:
 
 
 class AdapterSettings(Settings):
-    """Settings of an adapter."""
+    """Settings of `fit_adapter`: how items are held out, and the control on shuffled rows.
+
+    Example:
+        >>> settings = AdapterSettings(split=SplitSettings(kind="key"), shuffle_pairs=True)
+        >>> settings.split.kind, settings.shuffle_pairs
+        ('key', True)
+    """
 
     split: SplitSettings = group(SplitSettings)
     shuffle_pairs: bool = setting(False, "Fit on shuffled rows, as a control that must stay at chance.")

@@ -68,15 +68,22 @@ class TrainReport(Manifest):
 
     Args:
         reused: whether the run existed already, with the same settings and features.
-        num_samples: part -> samples with both features; only of pairs.
-        num_parameters: trained parameters.
+        num_samples: part -> number of samples with both features. Empty for a task other than pairs.
+        num_parameters: number of trained parameters.
         best_epoch: epoch whose weights were kept; 0 is the initialization.
-        score: what epochs are compared by, at that epoch: of pairs the mean of the recalls. None if nothing could be
-            compared.
-        measures: validation metrics at that epoch: of pairs recalls.
+        score: score that epochs are compared by, at the best epoch. For pairs it is the mean of the recalls. None if
+            nothing could be compared.
+        measures: validation metrics at the best epoch. For pairs they are recalls.
         samples_per_s: training samples per second, since the run started or resumed.
-        num_held_out: samples of the selection that the split holds out; None without a selection.
+        num_held_out: number of selected samples that the split holds out. None without a selection.
         recipes: recipes that were compared on the validation part, the simplest first; empty without `recipe`.
+
+    Example:
+        >>> report = embedcache.train_projectors("cache", "run", split="key", epochs=2)
+        >>> report.num_samples
+        {'train': 39, 'val': 6, 'test': 15}
+        >>> report.score == sum(report.measures.values()) / len(report.measures)
+        True
     """
 
     reused: bool
@@ -264,6 +271,15 @@ def train(
             leave nothing to hold out.
         DataError: too few samples, a feature that does not fit its projector, or a loss that is NaN or infinite.
         MissingExtraError: the library of a tracker is not installed.
+
+    Example:
+        >>> report = embedcache.train_projectors("cache", "run", split="key", epochs=2)
+        >>> sorted(report.measures)
+        ['i2t r@1', 'i2t r@10', 'i2t r@5', 't2i r@1', 't2i r@10', 't2i r@5']
+        >>> embedcache.train_projectors("cache", "run", split="key", epochs=2).reused
+        True
+        >>> embedcache.load("run").encode(["red bar left on blue"]).shape
+        (1, 256)
     """
     settings = merge_settings(TrainSettings, settings, {})
     settings = replace_flat(settings, with_split_seed(options, settings))
