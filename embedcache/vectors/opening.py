@@ -3,11 +3,13 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.lib import format as npy_format
 
 from embedcache.arrays import Array, blocks, read_npz
@@ -24,7 +26,7 @@ GET_AGAIN = "get the file again"
 
 ARRAYS: Mapping[str, Modality] = {"img_emb": "image", "text_emb": "text"}
 """Folder of clip-retrieval -> modality of its vectors."""
-VECTOR_COLUMNS: Mapping[str, Modality] = {f"{each.name}_vector": each.name for each in MODALITIES.values()}
+VECTOR_COLUMNS: Mapping[str, Modality] = {f"{modality.name}_vector": modality.name for modality in MODALITIES.values()}
 """Usual column of Parquet -> modality of its vectors."""
 
 _DTYPES = {"float16": "float16", "float32": "float32", "float64": "float32"}
@@ -52,7 +54,7 @@ class VectorFile:
 
 @dataclass(frozen=True, kw_only=True)
 class FileGroup:
-    """Files of one feature each, and of their table, whose rows belong together: row i of each is the same sample."""
+    """Files whose rows belong together, one per feature and optionally a table. Row i of each is the same sample."""
 
     vectors: Mapping[str, VectorFile]
     table: Path | None = None
@@ -65,17 +67,17 @@ class FileGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class VectorImport:
-    """All files of one import; rows are numbered across its groups in order.
+    """All files of one import. Rows are numbered across its groups in order.
 
     Args:
         form: name of the format.
-        path: path that the user named, of which relative paths in tables are seen.
+        path: path that the user named. Relative paths in tables start from it.
         modalities: name of a feature -> modality of its vectors.
         groups: groups of files, at least one.
-        origin: what the format itself records of the vectors, as JSON values.
+        origin: metadata of the vectors that the format itself records, as JSON values.
 
     Raises:
-        DataError: files of one group differ in their number of rows, or those of one feature in width or dtype; or
+        DataError: files of one group differ in their number of rows, files of one feature differ in width or dtype, or
             there are no rows.
     """
 
@@ -94,11 +96,13 @@ class VectorImport:
                         f"{file.path}: expected {group.num_rows:,} rows as in the files that belong to it, but it has "
                         f"{file.num_rows:,}; get them again"
                     )
+
                 if (file.width, file.dtype) != (first.width, first.dtype):
                     raise DataError(
                         f"{file.path}: expected {first.dtype} vectors of {first.width:,} components as in "
                         f"{first.path}, got {file.dtype} of {file.width:,}; a feature has one dtype and one width"
                     )
+
         if not self.num_rows:
             raise DataError(f"{self.path}: expected at least one vector, got none; nothing is imported")
 
@@ -110,8 +114,14 @@ class VectorImport:
     @property
     def files(self) -> list[Path]:
         """Every file that is read, once, in the order of the groups."""
-        paths = [path for group in self.groups for path in (*(v.path for v in group.vectors.values()), group.table)]
-        return list(dict.fromkeys(path for path in paths if path is not None))
+        # One file may have the vectors of several features, and their table as well.
+        paths: dict[Path, None] = {}
+        for group in self.groups:
+            for file in group.vectors.values():
+                paths[file.path] = None
+            if group.table is not None:
+                paths[group.table] = None
+        return list(paths)
 
     def dtypes(self, name: str) -> tuple[str, str]:
         """Return the dtype of a feature in its files, and in the cache: float32 for float64."""
@@ -140,16 +150,16 @@ def open_vectors(
 
     Args:
         format_name: `clip-retrieval`, `datacomp`, `npy` or `parquet`.
-        path: the folder or file; `npy` has none.
-        arrays: modality -> array or arrays, of `datacomp`.
-        files: modality -> file, of `npy`.
-        table: table of the rows, of `npy`.
-        vector_columns: modality -> column or columns, of `parquet`; None: `image_vector`, `text_vector`,
+        path: the folder or file. Only `npy` has none.
+        arrays: modality -> array or arrays, for `datacomp`.
+        files: modality -> file, for `npy`.
+        table: table of the rows, for `npy`.
+        vector_columns: modality -> column or columns, for `parquet`. If None, use `image_vector`, `text_vector`,
             `audio_vector` and so on, as far as they exist.
 
     Raises:
         UnknownNameError: there is no such format, modality, column or array.
-        SettingError: nothing to read is named, or something twice.
+        SettingError: nothing to read is named, or a name is given twice.
         PathError: a file does not exist.
         DataError: files that belong together differ in their numbers, rows, width or dtype, or have no vectors of
             float16, float32 or float64.
@@ -167,44 +177,52 @@ def open_vectors(
 
 
 def _open_clip_retrieval(path: Path) -> VectorImport:
-    """Open a folder with `img_emb`, `text_emb` and `metadata`, or those of them that exist."""
-    files = {
-        name: {file.stem.removeprefix(f"{name}_"): file for file in (path / name).glob(f"*{suffix}")}
-        for name, suffix in (*((name, ".npy") for name in ARRAYS), ("metadata", ".parquet"))
-    }
-    files = {name: numbered for name, numbered in files.items() if numbered}
-    names = [name for name in ARRAYS if name in files]
-    if not names:
+    """Open a folder with subfolders `img_emb`, `text_emb` and `metadata`, as far as they exist."""
+    files: dict[str, dict[str, Path]] = {}
+    modalities: dict[str, Modality] = {}
+    for name, modality in ARRAYS.items():
+        arrays = _number_files(path / name, ".npy", prefix=f"{name}_")
+        if arrays:
+            files[name] = arrays
+            modalities[name] = modality
+    if not modalities:
         raise PathError(f"{path}: expected clip-retrieval's img_emb/*.npy or text_emb/*.npy, got none; check the path")
 
-    groups = [
-        FileGroup(vectors={name: open_npy(group[name]) for name in names}, table=group.get("metadata"))
-        for group in _pair(path, files)
-    ]
-    modalities = {name: ARRAYS[name] for name in names}
+    tables = _number_files(path / "metadata", ".parquet", prefix="metadata_")
+    if tables:
+        files["metadata"] = tables
+
+    groups: list[FileGroup] = []
+    for paths in _pair(path, files):
+        vectors = {name: open_npy(paths[name]) for name in modalities}
+        groups.append(FileGroup(vectors=vectors, table=paths.get("metadata")))
     return VectorImport(form="clip-retrieval", path=path, modalities=modalities, groups=groups)
 
 
 def _open_datacomp(path: Path, *, arrays: Mapping[str, str | Sequence[str]]) -> VectorImport:
-    """Open a folder of `NAME.parquet` beside `NAME.npz`, in the order of their names."""
+    """Open a folder of pairs of `NAME.parquet` and `NAME.npz`, in the order of their names."""
     modalities = _assign_modalities(arrays, "arrays")
     if not modalities:
         raise SettingError("arrays: expected one such as l14_img, got none; name one with --array image=l14_img")
-    files = {suffix: {file.stem: file for file in path.glob(f"*.{suffix}")} for suffix in ("npz", "parquet")}
+
+    files = {"npz": _number_files(path, ".npz"), "parquet": _number_files(path, ".parquet")}
     if not files["npz"]:
         raise PathError(f"{path}: expected DataComp's metadata, NAME.parquet and NAME.npz, got no .npz file")
-    groups = [
-        FileGroup(vectors={name: open_npy(group["npz"], name) for name in modalities}, table=group["parquet"])
-        for group in _pair(path, files)
-    ]
+
+    groups: list[FileGroup] = []
+    for paths in _pair(path, files):
+        vectors = {name: open_npy(paths["npz"], name) for name in modalities}
+        groups.append(FileGroup(vectors=vectors, table=paths["parquet"]))
     return VectorImport(form="datacomp", path=path, modalities=modalities, groups=groups)
 
 
 def _open_npy(*, files: Mapping[str, AnyPath], table: AnyPath | None) -> VectorImport:
     """Open `.npy` files whose rows belong together, with a table of their keys, captions and columns."""
-    modalities = _assign_modalities({modality: modality for modality in files}, "files")
+    # Each modality has one file, so its feature is named like the modality.
+    modalities = _assign_modalities(dict(zip(files, files, strict=True)), "files")
     if not modalities:
         raise SettingError("files: expected a .npy file, got none; name one with --file MODALITY=FILE")
+
     vectors = {modality: open_npy(Path(path)) for modality, path in files.items()}
     group = FileGroup(vectors=vectors, table=None if table is None else Path(table))
     path = group.table or next(iter(vectors.values())).path
@@ -212,10 +230,12 @@ def _open_npy(*, files: Mapping[str, AnyPath], table: AnyPath | None) -> VectorI
 
 
 def _open_parquet(path: Path, *, vector_columns: Mapping[str, str | Sequence[str]]) -> VectorImport:
-    """Open a Parquet file, or a folder of them in the order of their names."""
+    """Open a Parquet file, or all Parquet files of a folder in the order of their names."""
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     if not files:
         raise PathError(f"{path}: expected a Parquet file or a folder of them, got a folder without .parquet files")
+
+    # The first file decides which columns are read; the others must have them too.
     with reading(files[0], GET_AGAIN), open_parquet(files[0]) as file:
         schema = file.schema_arrow
     usual = {name: modality for name, modality in VECTOR_COLUMNS.items() if name in schema.names}
@@ -226,11 +246,15 @@ def _open_parquet(path: Path, *, vector_columns: Mapping[str, str | Sequence[str
             "with --vector-column MODALITY=NAME"
         )
 
-    # What the file records of the cache that it was exported from; nothing in other files.
+    # A file that was exported from a cache records its origin; files of other tools have none.
     origin = read_metadata(path, schema)
     if origin:
         check_record(path, origin, next_step=GET_AGAIN)
-    groups = [FileGroup(vectors={name: _open_column(file, name) for name in modalities}, table=file) for file in files]
+
+    groups: list[FileGroup] = []
+    for file_path in files:
+        vectors = {name: _open_column(file_path, name) for name in modalities}
+        groups.append(FileGroup(vectors=vectors, table=file_path))
     return VectorImport(
         form="parquet",
         path=path,
@@ -240,36 +264,51 @@ def _open_parquet(path: Path, *, vector_columns: Mapping[str, str | Sequence[str
     )
 
 
-def _assign_modalities(named: Mapping[str, str | Sequence[str]], what: str) -> dict[str, Modality]:
+def _assign_modalities(names_by_modality: Mapping[str, str | Sequence[str]], option: str) -> dict[str, Modality]:
     """Return name -> modality of its vectors, given the name or names of each modality."""
-    assigned: dict[str, Modality] = {}
-    for modality, names in named.items():
+    modalities: dict[str, Modality] = {}
+    for modality, names in names_by_modality.items():
         if modality not in MODALITIES:
             raise unknown_name("modality", modality, MODALITIES)
+
+        # A feature has one modality, so no name may stand for two.
         for name in map(str, one_or_many(names)):
-            if name in assigned:
+            if name in modalities:
                 raise SettingError(
-                    f"{what}: expected each name once, got {name} as {assigned[name]} and {modality} vectors"
+                    f"{option}: expected each name once, got {name} as {modalities[name]} and {modality} vectors"
                 )
-            assigned[name] = MODALITIES[modality].name
-    return assigned
+            modalities[name] = MODALITIES[modality].name
+    return modalities
+
+
+def _number_files(folder: Path, suffix: str, *, prefix: str = "") -> dict[str, Path]:
+    """Return number -> file for the files of a folder with a suffix, such as `0001` for `img_emb_0001.npy`."""
+    files: dict[str, Path] = {}
+    for file in folder.glob(f"*{suffix}"):
+        files[file.stem.removeprefix(prefix)] = file
+    return files
 
 
 def _pair(path: Path, files: Mapping[str, Mapping[str, Path]]) -> list[dict[str, Path]]:
     """Return the files of several kinds that have the same number, in the order of the numbers."""
-    numbers = sorted({number for numbered in files.values() for number in numbered})
-    for kind, numbered in files.items():
-        missing = [number for number in numbers if number not in numbered]
-        if missing:
+    numbers = set[str]().union(*files.values())
+    for kind, path_by_number in files.items():
+        missing_numbers = sorted(numbers - path_by_number.keys())
+        if missing_numbers:
             raise DataError(
-                f"{path}: expected files with the same numbers, but {kind} lacks number {missing[0]} and "
-                f"{len(missing) - 1:,} others; get the folder again"
+                f"{path}: expected files with the same numbers, but {kind} lacks number {missing_numbers[0]} and "
+                f"{len(missing_numbers) - 1:,} others; get the folder again"
             )
-    return [{kind: numbered[number] for kind, numbered in files.items()} for number in numbers]
+
+    groups: list[dict[str, Path]] = []
+    for number in sorted(numbers):
+        paths = map(itemgetter(number), files.values())
+        groups.append(dict(zip(files, paths, strict=True)))
+    return groups
 
 
 def open_npy(path: Path, member: str | None = None) -> VectorFile:
-    """Open a `.npy` file, which is mapped, or an array of an `.npz` file."""
+    """Open a `.npy` file, which is memory-mapped, or an array of an `.npz` file."""
     rows_ND = _load(path, member)
     location = str(path) if member is None else f"{path}, array {member}"
     if rows_ND.ndim != 2 or not rows_ND.shape[1]:
@@ -291,6 +330,8 @@ def _load(path: Path, member: str | None) -> Array:
         if member is None:
             mapped: Array = npy_format.open_memmap(path, mode="r")
             return mapped
+
+        # NumPy cannot map an array of an .npz file, so it is read as a whole.
         with path.open("rb") as file:
             return read_npz(file, member, max_bytes=_MAX_BYTES)[member]
 
@@ -302,22 +343,32 @@ def _open_column(path: Path, column: str) -> VectorFile:
         schema = file.schema_arrow
         if column not in schema.names:
             raise unknown_name("column of vectors", column, schema.names, where=f"in {path}")
+
         kind = schema.field(column).type
         if not _is_list(kind):
             raise DataError(f"{location}: expected lists of float16, float32 or float64, got {kind}")
+
         dtype = _check_dtype(np.dtype(kind.value_type.to_pandas_dtype()), location)
         num_rows = file.metadata.num_rows
-        batches = file.iter_batches(1024, columns=[column], use_threads=False)
-        lengths = (len(cell) for batch in batches for cell in batch.column(0).drop_null())
-        width = kind.list_size if pa.types.is_fixed_size_list(kind) else next(lengths, 0)
+        width = kind.list_size if pa.types.is_fixed_size_list(kind) else _first_length(file, column)
+
     if not width:
         raise DataError(f"{location}: expected vectors, got none in {num_rows:,} rows")
     read_blocks = partial(_read_column, path, column, width, dtype)
     return VectorFile(path=path, num_rows=num_rows, width=width, dtype=dtype, blocks=read_blocks)
 
 
+def _first_length(file: pq.ParquetFile, column: str) -> int:
+    """Return the length of the first list of a column that is not null, or 0 if there is none."""
+    for batch in file.iter_batches(1024, columns=[column], use_threads=False):
+        lists = batch.column(0).drop_null()
+        if len(lists):
+            return len(lists[0])
+    return 0
+
+
 def _read_column(path: Path, column: str, width: int, dtype: str) -> Iterator[Array]:
-    """Iterate over the rows in arrays (B, D); a null row is NaN.
+    """Iterate over the rows in arrays (B, D). A null row is NaN.
 
     Raises:
         DataError: a list differs in length from the first.
@@ -326,6 +377,8 @@ def _read_column(path: Path, column: str, width: int, dtype: str) -> Iterator[Ar
     with reading(path, GET_AGAIN), open_parquet(path) as file:
         for batch in file.iter_batches(_BLOCK, columns=[column], use_threads=False):
             lists = batch.column(0)
+
+            # A null row has no length, and must pass the check.
             lengths = lists.value_lengths().fill_null(width).to_numpy(zero_copy_only=False)
             is_wrong = lengths != width
             if is_wrong.any():
@@ -335,6 +388,7 @@ def _read_column(path: Path, column: str, width: int, dtype: str) -> Iterator[Ar
                     f"row, got {lengths[number]:,}; vectors of a feature have one width"
                 )
 
+            # The values of all lists are one array in Arrow, so no Python object is made per row.
             components = lists.drop_null().flatten().to_numpy(zero_copy_only=False)
             values_BD = np.full((len(lists), width), np.nan, dtype)
             values_BD[lists.is_valid().to_numpy(zero_copy_only=False)] = components.reshape(-1, width)
