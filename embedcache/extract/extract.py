@@ -95,6 +95,13 @@ def extract(
         SourceError: the source cannot be indexed, lacks a modality, or none of its items can be read.
         FingerprintError: the cache holds other samples, or features of a different encoder of that name.
         DiskFullError: the disk is full; committed chunks stay valid, so run again with more space.
+
+    Example:
+        >>> encoder = "embedcache.testing.examples:open_example"  # needs no weights
+        >>> embedcache.extract_features("photos", "photos-cache", image_encoder=encoder, text_encoder=encoder)[0]
+        open_example (vector): encoded 12 images, reused 0, failed 0
+        >>> embedcache.Cache("photos-cache").feature("image").load().shape
+        (12, 48)
     """
     progress = to_progress(progress)
     encoders = join_encoders(image_encoder, text_encoder, encoder)
@@ -120,10 +127,18 @@ def retry_failed(
     progress: AnyProgress = None,
     **options: Unpack["ExtractOptions"],
 ) -> list[FillReport]:
-    """Retry the files that failed, after one was replaced or a network came back; all other rows stay unchanged.
+    """Retry the files that failed, after one was replaced or a network came back. All other rows stay unchanged.
 
-    Chunks of files that are missing, as after a kill, are encoded too. Captions that failed are blank and remain
-    failed, because captions are part of the item table. The arguments and errors are those of `extract`.
+    Chunks of files that are missing, as after a kill, are also encoded. Captions that failed are blank and remain
+    failed, because captions are part of the item table. Arguments and errors are the same as for `extract_features`.
+
+    Example:
+        >>> encoder = "embedcache.testing.examples:open_example"
+        >>> embedcache.extract_features("downloads", "downloads-cache", image_encoder=encoder)[0].failures
+        {'empty file': 1}
+        >>> _ = Path("downloads/00003.png").write_bytes(Path("photos/00003.png").read_bytes())
+        >>> embedcache.retry_failed("downloads", "downloads-cache", image_encoder=encoder)[0]
+        open_example (vector): encoded 1 image, reused 11, failed 0
     """
     progress = to_progress(progress)
     encoders = join_encoders(image_encoder, text_encoder, encoder)
@@ -475,7 +490,14 @@ class Plan:
     Args:
         features: the features to compute; empty if nothing is missing.
         rates: modality -> items per second with all its encoders together, measured on one device.
-        free_bytes: free space on the cache's disk; None behind a URL.
+        free_bytes: free space on the cache's disk, or None behind a URL.
+
+    Example:
+        >>> encoder = "embedcache.testing.examples:open_example"
+        >>> plan = embedcache.plan_extraction("photos", "planned-cache", image_encoder=encoder)
+        >>> plan.num_bytes, plan.memory_bytes
+        (1440, 393216)
+        >>> plan.check_space()  # raises DiskFullError if the disk is too small
     """
 
     cache: Path
@@ -523,9 +545,16 @@ def plan(
     progress: AnyProgress = None,
     **options: Unpack["ExtractOptions"],
 ) -> Plan:
-    """Index the source, open the encoders and encode a few batches without storing their outputs.
+    """Estimate the size and the time of an extraction, before hours are spent on it.
 
-    The arguments and errors are those of `extract`.
+    The source is indexed, the encoders are opened, and a few batches are encoded without storing their outputs.
+    Arguments and errors are the same as for `extract_features`.
+
+    Example:
+        >>> encoder = "embedcache.testing.examples:open_example"
+        >>> plan = embedcache.plan_extraction("photos", "planned-cache", image_encoder=encoder)
+        >>> [(feature.name, feature.num_items, feature.item_bytes) for feature in plan.features]
+        [('open_example/vector', 12, 96.0)]
     """
     progress = to_progress(progress)
     requested = join_encoders(image_encoder, text_encoder, encoder)

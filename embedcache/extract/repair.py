@@ -77,7 +77,16 @@ class VerifyReport:
         detected: problems before any repair.
         repaired: one line per encoder that encoded damaged or missing chunks, or whose metadata were written again.
         findings: problems that remain.
+        drifts: comparison of each feature with a sample that was encoded again, if requested.
         was_repair: whether a repair was requested, after which nothing may be missing.
+
+    Example:
+        >>> _ = Path("cache/image/open_example/vector/c/0/0").write_bytes(b"damaged")
+        >>> report = embedcache.verify_cache("cache")
+        >>> report.num_damaged, report.is_sound
+        (1, False)
+        >>> embedcache.verify_cache("cache", repair=True).is_sound
+        True
     """
 
     cache: Path
@@ -116,11 +125,26 @@ def verify_cache(
     progress: AnyProgress = None,
     **options: Unpack["VerifyOptions"],
 ) -> VerifyReport:
-    """Check every chunk of a cache against its checksum; on request repair it and encode a sample again.
+    """Check every chunk of a cache against its checksum.
+
+    On request, damaged and missing chunks are encoded again, and a sample of the items is encoded again to compare.
+
+    Args:
+        cache: path or URL of the cache.
+        settings: steps beyond comparing checksums.
+        progress: progress in chunks and items.
+        options: settings by their names on the command line, which replace those of `settings`.
 
     Raises:
         FingerprintError: an encoder that is needed for a repair has changed.
         CorruptError: a table is damaged, so that nothing can be repaired.
+
+    Example:
+        >>> report = embedcache.verify_cache("cache", reencode=0.5)
+        >>> report.is_sound, len(report.findings)
+        (True, 0)
+        >>> [drift.feature for drift in report.drifts]
+        ['open_example/vector', 'open_example/vector']
     """
     cache = Cache(cache)
     settings = merge_settings(VerifySettings, settings, options)

@@ -20,6 +20,14 @@ class ExtractSettings(Settings):
     """Settings of extraction: how features are computed and stored.
 
     Only `features`, `views`, `dtype` and the encoders' precision and backend change the stored values.
+
+    Example:
+        >>> encoder = "embedcache.testing.examples:open_example"
+        >>> settings = ExtractSettings(dtype="float32", limit=5)
+        >>> embedcache.extract_features("photos", "five-photos", image_encoder=encoder, settings=settings)[0]
+        open_example (vector): encoded 5 images, reused 0, failed 0
+        >>> embedcache.Cache("five-photos").feature("image")
+        Feature(open_example/vector: image, (5, 48) float32)
     """
 
     features: tuple[str, ...] = setting(
@@ -121,7 +129,12 @@ class ExtractSettings(Settings):
 
 
 class VerifySettings(Settings):
-    """Steps beyond comparing checksums when a cache is verified."""
+    """Settings of `verify_cache`: the steps beyond comparing checksums.
+
+    Example:
+        >>> embedcache.verify_cache("cache", VerifySettings(reencode=0.5)).is_sound
+        True
+    """
 
     reencode: float | None = setting(
         None,

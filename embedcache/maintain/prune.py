@@ -62,9 +62,14 @@ class PrunePlan:
 
 
 def plan_prune(cache: AnyPath, settings: PruneSettings | None = None, **options: Unpack["PruneOptions"]) -> PrunePlan:
-    """Return what `prune_cache` would delete. Arguments and errors are the same.
+    """Return the plan of what `prune_cache` would delete. Arguments and errors are the same.
 
     Folders that a killed command had begun to delete are not listed, because no reader sees them.
+
+    Example:
+        >>> plan = embedcache.plan_prune("cache", feature="open_toy/cls", modality="image")
+        >>> [(entry.kind, entry.name) for entry in plan.entries]
+        [('feature', 'image/open_toy/cls')]
     """
     plan, _ = _plan(Cache(open_path(cache)), merge_settings(PruneSettings, settings, options))
     return plan

@@ -94,7 +94,13 @@ def plan_removal(
     settings: RemoveSettings | None = None,
     **options: Unpack["RemoveOptions"],
 ) -> RemovalReport:
-    """Return what `remove_samples` would do, and change nothing. Arguments and errors are the same."""
+    """Return a report of what `remove_samples` would do, and change nothing. Arguments and errors are the same.
+
+    Example:
+        >>> report = embedcache.plan_removal("cache", ["00003-zebra", "00000"])
+        >>> report.rows.tolist(), report.num_chunks["image/open_toy"]
+        ([0, 3], 1)
+    """
     settings = merge_settings(RemoveSettings, settings, options)
     path = _local(cache)
     keys = list(dict.fromkeys(list_texts(keys, "keys")))

@@ -6,7 +6,13 @@ from embedcache.settings import Settings, setting
 
 
 class RemoveSettings(Settings):
-    """Settings of a removal: where else the samples are."""
+    """Settings of a removal: where else the samples are.
+
+    Example:
+        >>> settings = RemoveSettings(outputs=(Path("selection.txt"),))
+        >>> embedcache.plan_removal("cache", "00003-zebra", settings).named
+        {'selection.txt': 1}
+    """
 
     indexes: tuple[Path, ...] = setting(
         (), "Index of the cache to remove the samples from. May be repeated.", flat_name="index", metavar="INDEX"
@@ -21,7 +27,13 @@ class RemoveSettings(Settings):
 
 
 class PruneSettings(Settings):
-    """Settings of pruning: what is deleted."""
+    """Settings of pruning: which features are deleted.
+
+    Example:
+        >>> settings = PruneSettings(features=("open_toy@flip",), modality="image")
+        >>> [entry.name for entry in embedcache.plan_prune("cache", settings).entries]
+        ['image/open_toy@flip']
+    """
 
     features: tuple[str, ...] = setting(
         (),

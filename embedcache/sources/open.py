@@ -98,7 +98,14 @@ _NO_DELIMITERS = ' "\r\n'
 
 
 class SourceSettings(Settings):
-    """Settings of a source: how it is read."""
+    """Settings of a source: how it is read.
+
+    Example:
+        >>> settings = SourceSettings(item_columns={"image": "photo"}, caption_columns=("title",))
+        >>> source = embedcache.open_source("photos.csv", settings=settings)
+        >>> [text.text for sample in source.samples() for text in sample.texts]
+        ['a red box', 'a boat']
+    """
 
     item_columns: Mapping[str, str] = setting(**ITEM_COLUMNS)
     caption_columns: tuple[str, ...] = setting(
@@ -170,7 +177,7 @@ def open_source(location: object, *, kind: str | None = None, settings: SourceSe
     Args:
         location: path, URL, `name:rest` for a registered source (`openmoji:en+de`), or a `datasets.Dataset` or
             `DatasetDict`.
-        kind: registered name, or `module:attribute` of a class called with the location and the settings; None:
+        kind: registered name, or `module:attribute` of a class called with the location and the settings. If None,
             detected from the location.
         settings: how to read the source.
 
@@ -179,6 +186,14 @@ def open_source(location: object, *, kind: str | None = None, settings: SourceSe
         SourceError: the path is not a source.
         UnknownNameError: there is no source of that kind.
         SettingError: a setting that this kind does not support.
+
+    Example:
+        >>> source = embedcache.open_source("photos")
+        >>> sample = next(iter(source.samples()))
+        >>> sample.key, sample.images[0].path, sample.texts[0].text
+        ('00000', '00000.png', 'yellow bar right on black')
+        >>> source.read(sample.images[0])[1:4]
+        b'PNG'
     """
     settings = merge_settings(SourceSettings, settings, {})
     path = str(location) if isinstance(location, str | Path) else location

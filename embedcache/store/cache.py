@@ -48,7 +48,7 @@ class Cache:
 
     `len(cache)` is the number of samples. `cache[row]` is a sample: its key, its columns, and for each modality a list
     of its texts or of the paths of its files; `cache[5:10]` is a list of samples, `cache["label"]` a column, and
-    iterating yields all samples. A `Cache` is taken wherever the path of a cache is.
+    iterating yields all samples. Functions that accept the path of a cache also accept a `Cache`.
 
     Args:
         path: folder of the cache.
@@ -56,6 +56,13 @@ class Cache:
     Raises:
         PathError: the folder is not a cache.
         ArtifactError: the cache has a later format.
+
+    Example:
+        >>> cache = embedcache.Cache("cache")
+        >>> len(cache), cache[0]
+        (12, {'key': '00000', 'image': ['00000.png'], 'text': ['yellow bar right on black']})
+        >>> cache.features()
+        [Feature(open_example/vector: image, (12, 48) float16), Feature(open_example/vector: text, (12, 32) float16)]
     """
 
     def __init__(self, path: AnyPath) -> None:

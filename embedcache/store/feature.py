@@ -323,6 +323,13 @@ class Feature:
     order, and once in a process when a chunk is mapped for rows in any order.
     Memory: the commits (under 100 bytes per item) once rows are read, and memory maps, which the system may drop at any
     time.
+
+    Example:
+        >>> feature = embedcache.Cache("cache").feature("image")
+        >>> feature.load().shape, feature.dtype
+        ((12, 48), 'float16')
+        >>> feature.gather([3, 1]).shape, feature.valid.all().item()
+        ((2, 48), True)
     """
 
     def __init__(self, group: EncoderGroup, feature: str) -> None:

@@ -134,7 +134,13 @@ class FillReport:
         features: names of the features.
         computed: number of items that were computed now, or failed.
         reused: number of items that were stored before.
-        failures: kind of failure -> number of items, over the whole cache; that of removed items is `removed`.
+        failures: kind of failure -> number of items, over the whole cache. The kind of removed items is `removed`.
+
+    Example:
+        >>> encoder = "embedcache.testing.examples:open_example"
+        >>> (report,) = embedcache.extract_features("photos", "cache", image_encoder=encoder)
+        >>> report.computed, report.reused, report.failures
+        (0, 12, {})
     """
 
     verb: Verb

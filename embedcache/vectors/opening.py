@@ -164,6 +164,12 @@ def open_vectors(
         DataError: files that belong together differ in their numbers, rows, width or dtype, or have no vectors of
             float16, float32 or float64.
         CorruptError: a file is damaged.
+
+    Example:
+        >>> np.save("captions.npy", np.eye(100, 8, dtype=np.float32))
+        >>> vectors = embedcache.open_vectors("npy", files={"text": "captions.npy"})
+        >>> vectors.num_rows, vectors.modalities
+        (100, {'text': 'text'})
     """
     openers: dict[str, Callable[..., VectorImport]] = {
         "clip-retrieval": _open_clip_retrieval,

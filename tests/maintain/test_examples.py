@@ -5,11 +5,11 @@ from types import ModuleType
 import pytest
 
 import embedcache
-from embedcache.maintain import copy, prune, remove
+from embedcache.maintain import copy, prune, remove, settings
 from tests.maintain.cases import make_cache, write_source
 
 
-@pytest.mark.parametrize("module", [copy, prune, remove])
+@pytest.mark.parametrize("module", [copy, prune, remove, settings])
 def test_docstring_examples(module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     source = write_source(Path("source"))

@@ -6,7 +6,6 @@ from types import ModuleType
 import pytest
 
 import embedcache
-from embedcache.dataset import settings as split_settings
 from embedcache.encoders.base import Encoder, EncoderSettings, Modality
 from embedcache.encoders.open import EncoderSpec
 from embedcache.evaluate import adapter as adapter_evaluation
@@ -35,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("module", [adapter, adapter_evaluation, losses, pair_dataset, settings, split_settings, train])
+@pytest.mark.parametrize("module", [adapter, adapter_evaluation, losses, pair_dataset, settings, train])
 def test_docstring_examples(module: ModuleType, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for path in (folder / "cache", folder / "two-encoders", *(folder / "photos").iterdir()):
         (tmp_path / path.name).symlink_to(path)

@@ -6,10 +6,10 @@ from types import ModuleType
 import pytest
 
 import embedcache
-from embedcache.vectors import exporting, importing, settings
+from embedcache.vectors import exporting, importing, opening, settings
 
 
-@pytest.mark.parametrize("module", [exporting, importing, settings])
+@pytest.mark.parametrize("module", [exporting, importing, opening, settings])
 def test_docstring_examples(module: ModuleType, labeled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(labeled, tmp_path / "cache")
     monkeypatch.chdir(tmp_path)

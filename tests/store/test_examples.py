@@ -1,0 +1,21 @@
+import doctest
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import embedcache
+from embedcache.store import cache, commits, feature, layout, producer
+from tests.images import write_images
+
+ENCODER = "embedcache.testing.examples:open_example"
+
+
+@pytest.mark.parametrize("module", [cache, commits, feature, layout, producer])
+def test_docstring_examples(module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_images(Path("photos"), 12)
+    embedcache.extract_features("photos", "cache", image_encoder=ENCODER, text_encoder=ENCODER)
+    result = doctest.testmod(module, extraglobs={"embedcache": embedcache})
+    assert result.attempted
+    assert not result.failed
