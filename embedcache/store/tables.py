@@ -1,11 +1,11 @@
 """Tables of a cache, whose parts are files that never change, and single Parquet files that carry checksums.
 
 A file of a cache is compared with the CRC-32C in `cache.json` when a process first opens it. Selections and the like
-are single files, which hold a checksum of their other bytes. Values of millions of rows stay in Arrow's memory.
+are single files, which contain a checksum of their other bytes. Values of millions of rows stay in Arrow's memory.
 
 A removed sample keeps its row, so that the rows of all others stay: its key is `removed-` with its row, its other
 columns are null, its captions are empty, and its items have no path and no feature. The source may still have it, so
-the table of `RemovedSamples` holds a keyed digest of its key, by which an extraction leaves it out.
+the table of `RemovedSamples` stores a keyed digest of its key, by which an extraction leaves it out.
 """
 
 import hashlib
@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from json import JSONEncoder
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar, overload
 
@@ -30,7 +31,7 @@ import pyarrow.parquet as pq
 from embedcache.arrays import Array, Bools, Ints, blocks
 from embedcache.errors import CorruptError, PathError, SourceError
 from embedcache.files import check_regular, is_remote, partial_path, put_file, read_file, reading, replacing
-from embedcache.modalities import MODALITIES, FileItem, Sample
+from embedcache.modalities import MODALITIES, FileItem, Modality, Sample, TextItem
 from embedcache.provenance import digest_file
 from embedcache.store.arrays import check_file, file_checksum
 from embedcache.store.layout import SAMPLES, CacheInfo, Part, TableFile, next_revision, removed_path, table_name
@@ -39,7 +40,7 @@ T = TypeVar("T")
 
 
 class Column(Sequence[T]):
-    """A column of values, None where it is null; a Python object is made only for a value that is read.
+    """A column of values, with None for nulls. A Python object is made only for a value that is read.
 
     Args:
         array: the values, in Arrow's memory.
@@ -86,6 +87,7 @@ def to_array(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
     """Return values as one Arrow array."""
     if not isinstance(values, Column):
         return pa.array(values, kind)
+
     array = values.array.cast(kind)
     return array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
 
@@ -105,12 +107,12 @@ ITEM_BLOCK = 16_384
 
 
 def block_rows(name: str) -> int:
-    """Return the rows of a row group of a table, `samples` or that of a modality; the last one has fewer."""
+    """Return the rows of a row group of a table, `samples` or a modality; the last group may have fewer."""
     return BLOCK if name == SAMPLES else ITEM_BLOCK
 
 
 RESTORE_TABLE = "restore the file, or extract into a new folder"
-"""What to do about a damaged table of a cache."""
+"""Next step for a damaged table of a cache."""
 
 _FOOTER_END = 8  # its length, int32 little-endian, and the magic number of Parquet
 _CHECKSUM = b"crc32c of the rest %08x"
@@ -119,22 +121,27 @@ _CHECKSUM_BYTES = len(_CHECKSUM % 0)
 _READ_BYTES = 2**20
 
 _TEXT = pa.large_string()
-"""Type of all texts that are read: an array of `string` holds 2 GiB, which keys and captions exceed."""
+"""Type of all strings that are read. An array of `string` is limited to 2 GiB, which keys and captions exceed."""
 
 _FILES = [("sample", pa.int64()), ("path", _TEXT), ("offset", pa.int64()), ("length", pa.int64())]
 _INTERVAL = [("start_s", pa.float64()), ("stop_s", pa.float64())]
 _TEXTS = [("sample", pa.int64()), ("text", _TEXT), ("language", _TEXT)]
-ITEM_SCHEMAS = {
-    name: pa.schema(_TEXTS if modality.kind == "texts" else _FILES + _INTERVAL * modality.has_interval)
-    for name, modality in MODALITIES.items()
-}
+
+
+def _item_schema(modality: Modality) -> pa.Schema:
+    if modality.kind == "texts":
+        return pa.schema(_TEXTS)
+    return pa.schema(_FILES + _INTERVAL if modality.has_interval else _FILES)
+
+
+ITEM_SCHEMAS = {name: _item_schema(modality) for name, modality in MODALITIES.items()}
 
 _SAMPLES_SCHEMA = pa.schema([("key", _TEXT)])
 
 
 @contextmanager
 def open_table(path: Path) -> Iterator[pq.ParquetFile]:
-    """Open a local or remote Parquet table, after its bytes were compared with the checksum that it has, if any.
+    """Open a local or remote Parquet table, after its bytes were compared with its checksum, if it has one.
 
     Always read it with `use_threads=False`: the tables are small, and a process that exited right after Arrow's thread
     pool had started aborted in 2 of 30 runs (pyarrow 26, with torch imported).
@@ -144,6 +151,7 @@ def open_table(path: Path) -> Iterator[pq.ParquetFile]:
     """
     if not is_remote(path):
         check_regular(path)
+
     # Opened once: another process may replace the table at any time.
     with path.open("rb") as file:
         _compare(file)
@@ -152,7 +160,7 @@ def open_table(path: Path) -> Iterator[pq.ParquetFile]:
 
 
 def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read all rows of a table; errors are those of `open_table`."""
+    """Read all rows of a table. Raises the errors of `open_table`."""
     with open_table(path) as table:
         return table.read(columns=columns, use_threads=False)
 
@@ -160,13 +168,13 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
 def iterate_table(path: Path, size: int, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
     """Iterate over the rows of a table, `size` at a time, or over one table without rows. Memory: a block.
 
-    Columns that the table does not have are left out; errors are those of `open_table`.
+    Columns that the table does not have are left out. Raises the errors of `open_table`.
     """
     with open_table(path) as table:
         for batch in table.iter_batches(size, columns=columns, use_threads=False):
             yield pa.table(batch)
 
-        # A table without rows has no batch, but its columns.
+        # A table without rows has no batch, but callers need its columns.
         if not table.metadata.num_rows:
             yield table.read(columns=columns, use_threads=False)
 
@@ -180,7 +188,7 @@ def write_table(path: Path, table: pa.Table) -> None:
 def add_checksum(path: Path) -> None:
     """Write the CRC-32C of all bytes of a finished table in front of its footer.
 
-    To readers of Parquet this is a gap: they know where pages are.
+    Readers of Parquet skip it: they find the pages by the offsets in the footer.
     """
     with path.open("r+b") as file:
         start = _footer_start(file)
@@ -194,7 +202,7 @@ def add_checksum(path: Path) -> None:
 
 
 def _compare(file: BinaryIO) -> None:
-    """Compare a table with its checksum, before Arrow sees it: a damaged footer may end the process."""
+    """Compare a table with its checksum before Arrow reads it, because a damaged footer may end the process."""
     start = _footer_start(file)
     file.seek(max(0, start - _CHECKSUM_BYTES))
     checksum = file.read(_CHECKSUM_BYTES)
@@ -207,7 +215,7 @@ def _compare(file: BinaryIO) -> None:
 
 
 def _footer_start(file: BinaryIO) -> int:
-    """Return where the footer of a table begins, by its length at the end of the file."""
+    """Return the offset of the footer of a table, from its length at the end of the file."""
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - _FOOTER_END))
     return max(0, size - _FOOTER_END - int.from_bytes(file.read(4), "little"))
@@ -228,7 +236,9 @@ def _crc(file: BinaryIO, stop: int, start: int) -> int:
 
 def to_file_item(row: Mapping[str, Any]) -> FileItem:
     """Return the item in a row of an item table of files."""
-    return FileItem(**{name: value for name, value in row.items() if name != "sample"})
+    fields = dict(row)
+    fields.pop("sample", None)
+    return FileItem(**fields)
 
 
 class Table:
@@ -239,14 +249,15 @@ class Table:
     Args:
         folder: folder of the cache.
         files: the files of its parts, in row order.
-        schema: columns that all parts have. None for samples, of which parts may have other columns besides the key.
+        schema: columns that all parts have. None for samples: the parts may differ in all columns except the key.
     """
 
     def __init__(self, folder: Path, files: Sequence[TableFile], schema: pa.Schema | None = None) -> None:
         self._folder = folder
         self._files = files
         self._fixed_schema = schema
-        self._starts = np.cumsum([0, *(file.num_rows for file in files)])
+        counts = [file.num_rows for file in files]
+        self._starts = np.cumsum([0, *counts])
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -257,16 +268,22 @@ class Table:
         if self._fixed_schema is not None or not self._files:
             return self._fixed_schema or _SAMPLES_SCHEMA
 
-        schemas = [_open_part(self._folder, file).schema for file in self._files]
+        schemas = [_SAMPLES_SCHEMA]
+        for file in self._files:
+            schemas.append(_open_part(self._folder, file).schema)
+
         with reading(self._folder / self._files[0].name, RESTORE_TABLE):
-            schema = pa.unify_schemas([_SAMPLES_SCHEMA, *schemas], promote_options="permissive")
+            schema = pa.unify_schemas(schemas, promote_options="permissive")
             if schema.field("key").type != _TEXT:
                 raise ValueError(f"expected keys of text, got {schema.field('key').type}")
 
-            return pa.schema([f.with_type(_TEXT) if pa.types.is_string(f.type) else f for f in schema])
+            for number, field in enumerate(schema):
+                if pa.types.is_string(field.type):
+                    schema = schema.set(number, field.with_type(_TEXT))
+            return schema
 
     def read(self, start: int = 0, stop: int | None = None, columns: Sequence[str] | None = None) -> pa.Table:
-        """Return rows, which are read with the row groups that hold them; None is read where a part lacks a column.
+        """Read rows, in whole row groups. A column that a part lacks is null there.
 
         Raises:
             PathError: a file is missing.
@@ -274,9 +291,9 @@ class Table:
             KeyError: there is no such column.
         """
         stop = len(self) if stop is None else stop
-        schema = self.schema if columns is None else pa.schema([self.schema.field(name) for name in columns])
+        schema = self.schema if columns is None else pa.schema(list(map(self.schema.field, columns)))
 
-        # The empty piece is there because an empty list cannot be concatenated.
+        # The first piece is empty, because Arrow cannot concatenate zero tables.
         pieces = [schema.empty_table()]
         for file, first in zip(self._files, self._starts.tolist(), strict=False):
             rows = range(max(start - first, 0), min(stop - first, file.num_rows))
@@ -291,20 +308,20 @@ class Table:
 
 
 class _OpenedPart(NamedTuple):
-    """The footer of a file, its columns, and the first row of each row group, then the number of rows."""
+    """The footer of a file, its columns, and the first row of each row group, followed by the number of rows."""
 
     footer: pq.FileMetaData
     schema: pa.Schema
     starts: Ints
 
     def groups(self, rows: range) -> range:
-        """Return the row groups that hold some rows."""
+        """Return the row groups that contain some rows."""
         first = int(np.searchsorted(self.starts, rows.start, "right")) - 1
         return range(first, int(np.searchsorted(self.starts[:-1], rows.stop)))
 
 
 def _open_part(folder: Path, file: TableFile) -> _OpenedPart:
-    """Compare a file with its checksum, unless this process has, and return its footer."""
+    """Compare a file with its checksum, unless this process has done so, and return its footer."""
     path = folder / file.name
     if not is_remote(path):
         check_file(path, file.checksum, next_step=RESTORE_TABLE)
@@ -330,7 +347,7 @@ def _open_stream(path: Path, file: TableFile) -> Any:
 
 @lru_cache(maxsize=8)
 def _fetch(path: Path, file: TableFile) -> bytes:
-    """Read a whole file behind a URL, and compare it with its checksum."""
+    """Read a whole file behind a URL and compare it with its checksum."""
     try:
         data = read_file(path)
     except FileNotFoundError as error:
@@ -343,7 +360,7 @@ def _fetch(path: Path, file: TableFile) -> bytes:
 
 
 def check_table(folder: Path, file: TableFile) -> None:
-    """Compare a file with its checksum and its number of rows now."""
+    """Compare a file with its checksum and its number of rows, also if this process has done so."""
     path = folder / file.name
     if is_remote(path):
         # The bytes that were fetched before may have changed since.
@@ -355,26 +372,32 @@ def check_table(folder: Path, file: TableFile) -> None:
 
 
 def _read_rows(folder: Path, file: TableFile, rows: range, schema: pa.Schema, *, has_all: bool) -> pa.Table:
-    """Read rows of a file with the columns of a schema, null where the file lacks one that it need not have."""
+    """Read rows of a file with the columns of a schema. An optional column that the file lacks is null."""
     path = folder / file.name
-    opened = _open_part(folder, file)
-    groups = opened.groups(rows)
-    names = [name for name in schema.names if name in opened.schema.names]
-    missing_names = [name for name in schema.names if name not in names and (has_all or name == "key")]
-    if missing_names:
-        raise CorruptError(f"{path} has no column {missing_names[0]!r}; {RESTORE_TABLE}")
+    part = _open_part(folder, file)
+    groups = part.groups(rows)
+
+    names = []
+    for name in schema.names:
+        if name in part.schema.names:
+            names.append(name)
+        elif has_all or name == "key":
+            raise CorruptError(f"{path} has no column {name!r}; {RESTORE_TABLE}")
 
     with reading(path, RESTORE_TABLE):
-        with _open_stream(path, file) as stream, pq.ParquetFile(stream, metadata=opened.footer) as table:
+        with _open_stream(path, file) as stream, pq.ParquetFile(stream, metadata=part.footer) as table:
             # Without threads: a process that ends right after Arrow's pool has started may abort.
             block = table.read_row_groups(list(groups), columns=names, use_threads=False)
 
         # Whole row groups were read, which may begin before the first of the rows.
-        block = block.slice(rows.start - int(opened.starts[groups.start]), len(rows))
-        columns = {
-            field.name: block[field.name].cast(field.type) if field.name in names else pa.nulls(len(rows), field.type)
-            for field in schema
-        }
+        block = block.slice(rows.start - int(part.starts[groups.start]), len(rows))
+
+        columns = {}
+        for field in schema:
+            if field.name in names:
+                columns[field.name] = block[field.name].cast(field.type)
+            else:
+                columns[field.name] = pa.nulls(len(rows), field.type)
         return pa.table(columns, schema=schema)
 
 
@@ -406,11 +429,11 @@ class RemovedSamples:
         return dict(zip(self.table["key_digest"].to_pylist(), self.rows.tolist(), strict=True))
 
     def row_of(self, key: str) -> int | None:
-        """Return the row that a key had; None if no sample of that key was removed, as far as digests tell."""
+        """Return the row that a key had, or None if no removed sample has the digest of the key."""
         return self._digests.get(digest_key(key, self.salt)) if self._digests else None
 
     def merge(self, other: "RemovedSamples") -> "RemovedSamples":
-        """Return the samples of both, whose digests have one salt."""
+        """Return the samples of both tables, whose digests must have the same salt."""
         new_rows = other.table.filter(~np.isin(other.rows, self.rows))
         table = pa.concat_tables([self.table, new_rows])
         return RemovedSamples(table=table.sort_by("row"), salt=self.salt)
@@ -455,7 +478,7 @@ def write_removed(path: Path, removed: RemovedSamples) -> None:
 
 
 ALWAYS = ("image", "text")
-"""Modalities that always have an item table, and a list in each line of JSON; others have them if there are items."""
+"""Modalities that have an item table, and a list in each line of JSON, even without items."""
 
 _JSON = JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
@@ -478,9 +501,13 @@ def _sample_table(batch: Sequence[Sample]) -> pa.Table:
         for name, value in sample.columns.items():
             columns[name][row] = value
 
-    arrays = {name: _column(values) for name, values in sorted(columns.items()) if name != "key"}
+    # The key of the sample replaces a column of this name.
+    columns.pop("key", None)
     keys = [sample.key for sample in batch]
-    return pa.table({"key": pa.array(keys, pa.string()), **arrays})
+    arrays = {"key": pa.array(keys, pa.string())}
+    for name in sorted(columns):
+        arrays[name] = _column(columns[name])
+    return pa.table(arrays)
 
 
 def _column(values: list[Any]) -> pa.Array:
@@ -495,30 +522,44 @@ def _column(values: list[Any]) -> pa.Array:
 def _item_table(batch: Sequence[Sample], modality: str) -> pa.Table:
     schema = ITEM_SCHEMAS[modality]
     is_text = MODALITIES[modality].kind == "texts"
-    items: list[Sequence[Any]] = [sample.texts if is_text else sample.items_in_files(modality) for sample in batch]
-    rows = [row for row, sample_items in enumerate(items) for _ in sample_items]
-    columns = ([getattr(item, name) for group in items for item in group] for name in schema.names[1:])
-    return pa.table([rows, *columns], schema=schema)
+
+    rows: list[int] = []
+    items: list[FileItem | TextItem] = []
+    for row, sample in enumerate(batch):
+        sample_items = sample.texts if is_text else sample.items_in_files(modality)
+        rows += [row] * len(sample_items)
+        items += sample_items
+
+    columns: list[list[Any]] = [rows]
+    for name in schema.names[1:]:
+        columns.append(list(map(attrgetter(name), items)))
+    return pa.table(columns, schema=schema)
 
 
 def digest_input(batch: Sequence[Sample]) -> bytes:
     """Return samples as lines of canonical JSON, the input of the index digest.
 
-    A line has a fifth element only if the sample has items of other modalities than image and text, and an item only
-    has five elements if it is an interval.
+    A line has a fifth element only if the sample has items of modalities other than image and text. An item has five
+    elements only if it is an interval.
 
     Raises:
-        SourceError: text that is not Unicode, or a value of a column or an item that JSON does not have.
+        SourceError: a string is not valid Unicode, or JSON does not have a value of a column or an item.
     """
     lines = []
     for sample in batch:
         images = [[item.path, item.offset, item.length] for item in sample.images]
         texts = [[item.text, item.language] for item in sample.texts]
-        files = {name: [_location(item) for item in items] for name, items in sample.files.items() if items}
+
+        files = {}
+        for name, items in sample.files.items():
+            if items:
+                files[name] = list(map(_location, items))
+
         try:
-            # An empty fifth element would change the digest.
-            line = _JSON.encode([sample.key, images, texts, dict(sample.columns), *([files] if files else [])])
-            lines.append(f"{line}\n".encode())
+            elements = [sample.key, images, texts, dict(sample.columns)]
+            if files:  # an empty fifth element would change the digest
+                elements.append(files)
+            lines.append(f"{_JSON.encode(elements)}\n".encode())
         except (UnicodeEncodeError, TypeError) as error:
             reason = f"text that is not valid Unicode: {error.reason}" if isinstance(error, UnicodeError) else error
             raise SourceError(
@@ -529,8 +570,9 @@ def digest_input(batch: Sequence[Sample]) -> bytes:
 
 
 def _location(item: FileItem) -> list[str | int | float | None]:
-    interval = [item.start_s, item.stop_s]
-    return [item.path, item.offset, item.length, *(interval if interval != [None, None] else [])]
+    if item.start_s is None and item.stop_s is None:
+        return [item.path, item.offset, item.length]
+    return [item.path, item.offset, item.length, item.start_s, item.stop_s]
 
 
 BATCH = BLOCK
@@ -558,8 +600,16 @@ class TableWriter:
 
     def add(self, batch: Sequence[Sample]) -> None:
         """Append samples."""
-        modalities = {*ALWAYS, *(name for sample in batch for name, items in sample.files.items() if items)}
-        items = {name: _item_table(batch, name) for name in MODALITIES if name in modalities}
+        modalities = set(ALWAYS)
+        for sample in batch:
+            for name, sample_items in sample.files.items():
+                if sample_items:
+                    modalities.add(name)
+
+        items = {}
+        for name in MODALITIES:
+            if name in modalities:
+                items[name] = _item_table(batch, name)
         self.add_tables(SampleTables(_sample_table(batch), items))
 
     def add_tables(self, tables: SampleTables) -> None:
@@ -580,27 +630,29 @@ class TableWriter:
             self._items[modality] = _ItemWriter(path, ITEM_SCHEMAS[modality])
         return self._items[modality]
 
-    def close(self, digest: str, before: Table | None = None) -> Part:
+    def close(self, digest: str, earlier_samples: Table | None = None) -> Part:
         """Finish the files.
 
         Args:
             digest: SHA-256 of the samples.
-            before: the sample table of the parts before this one.
+            earlier_samples: sample table of the earlier parts.
 
         Raises:
             SourceError: a key is not unique, or a column has incompatible types.
         """
-        self._samples.close(before)
+        self._samples.close(earlier_samples)
         for writer in self._items.values():
             writer.close()
 
-        names = [SAMPLES, *(name for name in MODALITIES if name in self._items)]
-        files = {name: describe_file(self._folder, table_name(name, self._number)) for name in names}
+        files = {}
+        for name in (SAMPLES, *MODALITIES):
+            if name == SAMPLES or name in self._items:
+                files[name] = describe_file(self._folder, table_name(name, self._number))
         return Part(digest=digest, tables=files)
 
 
 def describe_file(folder: Path, name: str) -> TableFile:
-    """Return what `cache.json` says of a finished file of a table."""
+    """Return the entry of a finished table file in `cache.json`."""
     path = folder / name
     return TableFile(
         name=name,
@@ -617,12 +669,13 @@ def rewrite_parts(
     changed: Mapping[str, Ints],
     edits: Mapping[str, Callable[[pa.Table, int], pa.Table]],
 ) -> Iterator[Part]:
-    """Write other versions of the files of tables in which rows change; return all parts of a cache.
+    """Write new versions of the table files in which rows change, and iterate over all parts of a cache.
 
     Args:
         folder: local folder for the files.
         changed: `samples` or a modality -> rows of its table that change.
-        edits: the same -> function that changes a block of rows, the first of which has a number.
+        edits: `samples` or a modality -> function that accepts a block of rows and the number of its first row, and
+            returns the new block.
     """
     first_rows = Counter[str]()
     for part in info.parts:
@@ -630,6 +683,8 @@ def rewrite_parts(
         for name, file in part.tables.items():
             rows = range(first_rows[name], first_rows[name] + file.num_rows)
             first_rows[name] = rows.stop
+
+            # Files without a changed row stay as they are.
             if name in changed and ((changed[name] >= rows.start) & (changed[name] < rows.stop)).any():
                 table = Table(cache_path, info.files(name), ITEM_SCHEMAS.get(name))
                 files[name] = _rewrite(folder, name, table, file, rows, edits[name])
@@ -640,6 +695,7 @@ def rewrite_parts(
 def _rewrite(
     folder: Path, name: str, table: Table, file: TableFile, rows: range, edit: Callable[[pa.Table, int], pa.Table]
 ) -> TableFile:
+    # The number of the part follows the hyphen, and a revision the first dot.
     number = int(Path(file.name).stem.partition("-")[2].partition(".")[0])
     path = folder / table_name(name, number, next_revision(file))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -653,7 +709,7 @@ def _rewrite(
 
 @contextmanager
 def scratch_folder(cache_path: Path) -> Iterator[Path]:
-    """Create a local folder for unfinished tables, beside those of the cache if possible."""
+    """Create a local folder for unfinished tables, next to the tables of the cache if possible."""
     if is_remote(cache_path):
         with tempfile.TemporaryDirectory() as name:
             yield Path(name)
@@ -668,14 +724,15 @@ def scratch_folder(cache_path: Path) -> Iterator[Path]:
 
 
 def put_tables(folder: Path, cache_path: Path, parts: Iterable[Part]) -> None:
-    """Move the finished files of some parts to their places in a cache; files that are there already stay."""
-    for file in (file for part in parts for file in part.tables.values()):
-        if (folder / file.name).is_file():
-            put_file(folder / file.name, cache_path / file.name)
+    """Move the finished files of some parts into a cache. Files that a folder lacks are in the cache already."""
+    for part in parts:
+        for file in part.tables.values():
+            if (folder / file.name).is_file():
+                put_file(folder / file.name, cache_path / file.name)
 
 
 class _SampleWriter:
-    """Writer of samples, each batch to a file of its own: what columns there are is known after the last one."""
+    """Writer of samples. Each batch goes to a separate file: the columns are known only after the last batch."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -686,11 +743,11 @@ class _SampleWriter:
         pq.write_table(rows, self._batch_path(len(self._schemas)))
         self._schemas.append(rows.schema)
 
-    def close(self, before: Table | None) -> None:
+    def close(self, earlier_samples: Table | None) -> None:
         try:
             schema = pa.unify_schemas(self._schemas, promote_options="permissive")
-            if before is not None:
-                pa.unify_schemas([before.schema, schema], promote_options="permissive")
+            if earlier_samples is not None:
+                pa.unify_schemas([earlier_samples.schema, schema], promote_options="permissive")
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
             raise SourceError(f"a column of the source changes its type between samples: {error}") from error
 
@@ -703,8 +760,8 @@ class _SampleWriter:
 
         keys = pq.read_table(self._path, columns=["key"], use_threads=False)["key"].cast(pa.large_string())
         _check_unique(keys)
-        if before is not None:
-            _check_new(keys, before)
+        if earlier_samples is not None:
+            _check_new(keys, earlier_samples)
 
     def _batch_path(self, number: int) -> Path:
         return self._path.with_name(f"batch-{number:05d}.parquet")
@@ -727,9 +784,9 @@ def _check_unique(keys: pa.ChunkedArray) -> None:
     )
 
 
-def _check_new(keys: pa.ChunkedArray, before: Table) -> None:
-    """Check that no key is one of those of earlier parts."""
-    for number, rows in enumerate(before.blocks(_COMPARED_AT_ONCE, ["key"])):
+def _check_new(keys: pa.ChunkedArray, earlier_samples: Table) -> None:
+    """Check that earlier parts do not have any of the keys."""
+    for number, rows in enumerate(earlier_samples.blocks(_COMPARED_AT_ONCE, ["key"])):
         places = np.flatnonzero(pc.is_in(rows["key"], value_set=keys))
         if len(places):
             key = rows["key"][int(places[0])].as_py()
@@ -740,14 +797,14 @@ def _check_new(keys: pa.ChunkedArray, before: Table) -> None:
 
 
 class _TableFile(pq.ParquetWriter):  # type: ignore[misc]
-    """A table that is not finished when it is thrown away: on a full disk, pyarrow would print that this failed too."""
+    """Writer that does not finish its file when it is deleted, which would print a second error on a full disk."""
 
     def __del__(self) -> None:
         """Do nothing."""
 
 
 class _ItemWriter:
-    """Writer of the items of one modality, whose columns are known."""
+    """Writer of the items of one modality, whose columns are known in advance."""
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -756,7 +813,7 @@ class _ItemWriter:
         self._buffer: pa.Table = schema.empty_table()
 
     def write(self, rows: pa.Table) -> None:
-        """Write whole row groups, and keep the rest."""
+        """Write whole row groups, and buffer the rest."""
         buffered = pa.concat_tables([self._buffer, rows.cast(self._schema)])
         num_full = len(buffered) // ITEM_BLOCK * ITEM_BLOCK
         if num_full:
@@ -772,7 +829,7 @@ class _ItemWriter:
 
 
 def without_samples(table: pa.Table, first_row: int, removed: Ints) -> pa.Table:
-    """Replace the keys of removed samples, and their other columns by null."""
+    """Replace the keys of removed samples, and set their other columns to null."""
     rows = removed[(removed >= first_row) & (removed < first_row + len(table))] - first_row
     if not len(rows):
         return table
@@ -780,13 +837,15 @@ def without_samples(table: pa.Table, first_row: int, removed: Ints) -> pa.Table:
     is_removed = np.zeros(len(table), bool)
     is_removed[rows] = True
     new_keys = np.full(len(table), None)
-    new_keys[rows] = [f"removed-{first_row + row}" for row in rows.tolist()]
+    for row in rows.tolist():
+        new_keys[row] = f"removed-{first_row + row}"
 
     mask = pa.array(is_removed)
-    nulls = {field.name: pa.scalar(None, field.type) for field in table.schema}
-    columns = {name: pc.if_else(mask, null, table[name]) for name, null in nulls.items() if name != "key"}
-    keys = pc.if_else(mask, pa.array(new_keys, pa.large_string()), table["key"])
-    return pa.table({"key": keys, **columns}, table.schema)
+    columns = {"key": pc.if_else(mask, pa.array(new_keys, pa.large_string()), table["key"])}
+    for field in table.schema:
+        if field.name != "key":
+            columns[field.name] = pc.if_else(mask, pa.scalar(None, field.type), table[field.name])
+    return pa.table(columns, table.schema)
 
 
 _NOTHING = {"path": "", "offset": 0, "length": 0, "text": ""}
@@ -800,18 +859,24 @@ def without_items(table: pa.Table, removed: Ints) -> pa.Table:
         return table
 
     mask = pa.array(is_removed)
-    columns = {
-        field.name: pc.if_else(mask, pa.scalar(_NOTHING.get(field.name), field.type), table[field.name])
-        for field in table.schema
-        if field.name != "sample"
-    }
-    return pa.table({"sample": table["sample"], **columns}, table.schema)
+    columns = {"sample": table["sample"]}
+    for field in table.schema:
+        if field.name != "sample":
+            blank = pa.scalar(_NOTHING.get(field.name), field.type)
+            columns[field.name] = pc.if_else(mask, blank, table[field.name])
+    return pa.table(columns, table.schema)
 
 
 def relocate(table: pa.Table, first_row: int, relocated: Mapping[int, FileItem]) -> pa.Table:
-    """Set where in their files the bytes of some items are; `relocated` has rows of the whole table."""
-    new_items = {row - first_row: item for row, item in relocated.items() if first_row <= row < first_row + len(table)}
-    for name in ("offset", "length") if new_items else ():
+    """Set the offsets and lengths of some items in their files. The rows of `relocated` count in the whole table."""
+    new_items = {}
+    for row, item in relocated.items():
+        if first_row <= row < first_row + len(table):
+            new_items[row - first_row] = item
+    if not new_items:
+        return table
+
+    for name in ("offset", "length"):
         values = table[name].to_pylist()
         for row, item in new_items.items():
             values[row] = getattr(item, name)
