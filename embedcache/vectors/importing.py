@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 import numpy as np
 import pyarrow as pa
 
-from embedcache.arrays import Array, Bools
+from embedcache.arrays import Array
 from embedcache.encoders.open import EncoderSpec
 from embedcache.errors import CorruptError, ItemError, SettingError, SourceError, UnfinishedError
 from embedcache.files import AnyPath, open_path, remove_partials
@@ -52,7 +52,7 @@ def import_vectors(
 
     Values are kept as they are, except that float64 becomes float32. The files are read twice: once for their SHA-256,
     once for their rows. Committed chunks with correct checksums are reused, so an interrupted import resumes and a
-    damaged chunk is repaired. Memory: one chunk, and while the samples are numbered, some 90 bytes of each.
+    damaged chunk is repaired. Memory: one chunk, and some 90 bytes per sample while the samples are numbered.
 
     Args:
         vectors: result of `open_vectors`.
@@ -73,13 +73,14 @@ def import_vectors(
         (100, 8)
 
     Raises:
-        FingerprintError: the cache holds other files, or these with other bytes or options.
-        SourceError: a table lacks a column, or has more or fewer rows than its vectors; or no row has a vector.
+        FingerprintError: the cache contains other files, or the same files with other bytes or options.
+        SourceError: a table lacks a column, a table has more or fewer rows than its vectors, or no row has a vector.
         SettingError: text vectors without their captions, or a column of files of a modality that has no vectors.
         CorruptError: a file is damaged.
     """
     if not isinstance(vectors, VectorImport):
         raise SettingError(f"vectors: expected what open_vectors returns, got {vectors!r}; open them with open_vectors")
+
     progress = to_progress(progress)
     settings = merge_settings(ImportSettings, settings, options)
     columns = _check_tables(vectors, settings)
@@ -97,14 +98,22 @@ def import_vectors(
     cache = Cache(path)
     remember(source, cache.info.index_digest)
     remove_partials(path)
+
+    # The cache stores one digest of all files; the record of the stage has the SHA-256 of each.
+    reports: list[FillReport] = []
     with record_stage(new_record_path(path, "import"), "import", {**source, "files": hashes}) as outcome:
-        reports = [_import_feature(cache, vectors, name, source, progress) for name in vectors.modalities]
-        outcome["features"] = [vars(report) for report in reports]
+        for name in vectors.modalities:
+            reports.append(_import_feature(cache, vectors, name, source, progress))
+        outcome["features"] = list(map(vars, reports))
     return reports
 
 
 def _check_tables(vectors: VectorImport, settings: ImportSettings) -> SourceSettings:
-    """Return the settings of tables; raise a `SettingError` if there is no table, or no vector, that one belongs to."""
+    """Return the settings of tables.
+
+    Raises:
+        SettingError: a setting needs a table or vectors that are not given.
+    """
     columns = SourceSettings(
         key_column=settings.key_column,
         caption_columns=settings.caption_columns,
@@ -130,6 +139,7 @@ def _hash_files(vectors: VectorImport, progress: Progress) -> dict[str, str]:
     """Return the SHA-256 of each file by its path relative to the folder that the user named."""
     # Relative paths do not change when the whole folder moves.
     root = vectors.path if vectors.path.is_dir() else vectors.path.parent
+
     hashes = {}
     progress.start("hashing", len(vectors.files), "files")
     for path in vectors.files:
@@ -164,7 +174,7 @@ def _import_feature(
     if file_dtype != cache_dtype:
         progress.note(f"{name}: {file_dtype} is stored as {cache_dtype}")
 
-    # The digest of the files stands for the weights of a model that is not known.
+    # The digest of the files stands for the weights of the model, which are not at hand.
     fingerprint = {
         "family": IMPORTED,
         "model": source["model"] or "unknown",
@@ -175,6 +185,7 @@ def _import_feature(
         "backend": None,
         "precision": None,
     }
+
     folder = EncoderSpec(IMPORTED, name).folder
     group = create_group(cache.path, modality, folder, cache.info, spec=f"{IMPORTED}:{folder}", fingerprint=fingerprint)
     producer = ImportedFeature(cache, vectors, name)
@@ -200,7 +211,7 @@ def _withdraw_damaged(group: EncoderGroup) -> None:
 
 
 class ImportedFeature:
-    """The vectors of one feature: its producer."""
+    """Producer of one feature from its imported vectors."""
 
     verb: Verb = "imported"
 
@@ -216,11 +227,13 @@ class ImportedFeature:
     def compute(self, rows: slice) -> ChunkFeatures:
         """Return the vectors of a chunk, without vectors that are not finite and vectors of blank captions."""
         vectors_BD = self._read(rows)
-        is_finite_B: Bools = np.asarray(np.isfinite(vectors_BD).all(axis=1))
-        failures: list[str | None] = [None if is_finite else _NO_VECTOR for is_finite in is_finite_B]
-        contents = [vector.tobytes() for vector in vectors_BD]
+        values: list[Array | None] = list(vectors_BD)
+        failures: list[str | None] = [None] * len(values)
+        for position in np.flatnonzero(~np.isfinite(vectors_BD).all(axis=1)).tolist():
+            failures[position] = _NO_VECTOR
+            values[position] = None
 
-        # A caption is recognized by its text. Of other items only the vector is known.
+        # A caption is recognized by its text, any other item only by its vector.
         if self._vectors.modalities[self._name] == "text":
             chunk = rows.start // self._cache.info.chunk_size
             captions = self._cache.items("text", chunk=chunk, columns=["text"])["text"].to_pylist()
@@ -228,8 +241,10 @@ class ImportedFeature:
             for position, caption in enumerate(captions):
                 if not caption.strip():
                     failures[position] = _EMPTY
+                    values[position] = None
+        else:
+            contents = list(map(np.ndarray.tobytes, vectors_BD))
 
-        values = [vector if reason is None else None for vector, reason in zip(vectors_BD, failures, strict=True)]
         return ChunkFeatures({_FEATURE: values}, list(map(hash_item, contents)), {_FEATURE: failures})
 
     def retries(self, _: Commit) -> bool:
@@ -251,7 +266,7 @@ class ImportedFeature:
 
 
 def _rechunk(blocks: Iterator[Array], size: int) -> Iterator[Array]:
-    """Iterate over a stream of arrays in arrays of `size` rows; the last may be shorter.
+    """Iterate over a stream of arrays in arrays of `size` rows. The last may be shorter.
 
     Memory: two arrays of the input and two of the output.
     """
@@ -263,6 +278,7 @@ def _rechunk(blocks: Iterator[Array], size: int) -> Iterator[Array]:
             num_whole = len(joined) // size * size
             for start in range(0, num_whole, size):
                 yield joined[start : start + size]
+
             # A copy, because a view would keep all of `joined` in memory.
             waiting = [joined[num_whole:].copy()]
 
@@ -271,11 +287,11 @@ def _rechunk(blocks: Iterator[Array], size: int) -> Iterator[Array]:
 
 
 class ImportedSamples:
-    """Samples of imported vectors, one per row: the source that numbers the rows of the cache.
+    """Source of the samples of imported vectors, one per row.
 
     A key is the cell of the key column, otherwise the row number over all groups. A sample has an item of each modality
-    of the vectors, a file if a table names it. With text vectors it has one caption, which is empty if the cell is
-    blank. Without text vectors it has all captions in the table.
+    of the vectors, which is a file if a table names it. With text vectors it has one caption, which is empty if the
+    cell is blank. Without text vectors it has all captions in the table.
     """
 
     def __init__(self, vectors: VectorImport, description: Mapping[str, Any], settings: SourceSettings) -> None:
@@ -305,7 +321,8 @@ class ImportedSamples:
         return ImportedSource(str(self._vectors.path), SourceSettings()).read(item)
 
     def _numbered_samples(self, group: FileGroup, first: int) -> Iterator[Sample]:
-        files = {modality: (FileItem(path=""),) for modality in self._file_modalities}
+        # The items have vectors and no files.
+        files = dict.fromkeys(self._file_modalities, (FileItem(path=""),))
         images = files.pop("image", ())
         for number in range(first, first + group.num_rows):
             yield Sample(key=_KEY_FORMAT.format(number), images=images, files=files)
@@ -314,6 +331,7 @@ class ImportedSamples:
         assert group.table is not None
         file = open_table_file(group.table)
         columns = self._columns(file, group)
+
         count = 0
         for count, row in enumerate(file.rows(columns.to_read()), start=1):
             # Rows beyond the vectors are counted only, for the error.
@@ -328,11 +346,15 @@ class ImportedSamples:
             )
 
     def _columns(self, file: TableFile, group: FileGroup) -> TableColumns:
-        """Return the roles of the columns of a table; items without vectors are columns like any other."""
+        """Return the roles of the columns of a table. Files without vectors are columns like any other."""
         # Vectors in the table itself are not columns of its samples.
-        vector_names = {name for name, vectors in group.vectors.items() if vectors.path == group.table}
-        schema = pa.schema([field for field in file.schema if field.name not in vector_names])
-        file = replace(file, schema=schema)
+        vector_names: set[str] = set()
+        for name, vectors in group.vectors.items():
+            if vectors.path == group.table:
+                vector_names.add(name)
+        fields = [field for field in file.schema if field.name not in vector_names]
+        file = replace(file, schema=pa.schema(fields))
+
         columns = assign_columns(file, self._settings)
         if "text" in self._modalities and not columns.captions:
             raise SourceError(
@@ -350,14 +372,16 @@ class ImportedSamples:
 
         # Columns that have no role here, such as files of a modality without vectors, become columns of the samples.
         plain_names = {*columns.others, *columns.items.values(), *columns.interval} - {*items.values(), *interval}
-        others = tuple(name for name in file.plain_columns if name in plain_names)
-        return replace(columns, items=items, interval=interval, others=others)
+        columns_without_role = tuple(name for name in file.plain_columns if name in plain_names)
+        return replace(columns, items=items, interval=interval, others=columns_without_role)
 
     def _sample(self, columns: TableColumns, row: Row, number: int, place: str) -> Sample:
+        # An item without a file keeps an empty path, because its row has a vector.
         items = {}
         for modality in self._file_modalities:
             path = row.get(columns.items.get(modality, ""))
             items[modality] = [(path if isinstance(path, str) else "", 0)]
+
         sample = read_sample(columns, row, place, key=_KEY_FORMAT.format(number), items=items)
         if "text" not in self._modalities:
             return sample
@@ -367,12 +391,13 @@ class ImportedSamples:
                 f"{place}: expected one caption per text vector, got {len(sample.texts)}; name the caption column "
                 "with --caption-column"
             )
+
         # A blank caption keeps its row, so that rows of vectors and captions stay aligned.
         return sample if sample.texts else replace(sample, texts=(TextItem(text=""),))
 
 
 class ImportedSource:
-    """Source of the files that an import named, if they still exist; it has no samples to extract from."""
+    """Source of the files that an import named, if they still exist. It has no samples to extract from."""
 
     items_are_files = True
 
@@ -386,7 +411,7 @@ class ImportedSource:
         return {"type": IMPORTED_SOURCE, "path": str(self._location), "settings": {}}
 
     def samples(self) -> Iterator[Sample]:
-        """Raise a SourceError, because there are vectors and nothing that an encoder could encode."""
+        """Raise a `SourceError`, because an import has no files or texts that an encoder could encode."""
         raise SourceError(
             f"{self._location} was imported: it has vectors, and no files or texts to encode; extract from the "
             "original files and captions"
