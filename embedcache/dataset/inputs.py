@@ -1,6 +1,7 @@
 """Input features: one stored feature of an encoder, or its vector and tokens read as one sequence."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -78,13 +79,18 @@ class InputFeature:
         """Shape of one item: (D,), or (T, D) with T the mean number of tokens if it varies."""
         if not self.has_tokens:
             return (self.width,)
-        num_tokens = sum(feature.num_tokens for feature in self._features)
+        num_tokens = 0
+        for feature in self._features:
+            num_tokens += feature.num_tokens
         return (round(num_tokens / max(1, self.num_items)), self.width)
 
     @property
     def dtype(self) -> np.dtype[Any]:
         """Dtype of the values that are read."""
-        return np.result_type(*(feature.dtype for feature in self._features))
+        dtype = np.dtype(self._features[0].dtype)
+        for feature in self._features[1:]:
+            dtype = np.promote_types(dtype, feature.dtype)
+        return dtype
 
     @property
     def num_bytes(self) -> float:
@@ -96,23 +102,31 @@ class InputFeature:
 
     def lengths(self) -> Ints:
         """Return the number of vectors of each item, (N,) int64, without reading them."""
-        lengths_N: Ints = np.sum([feature.lengths() for feature in self._features], axis=0)
+        lengths_N = self._features[0].lengths()
+        for feature in self._features[1:]:
+            lengths_N += feature.lengths()
         return lengths_N
 
     @property
     def valid(self) -> Bools:
         """(N,) bool, whether each item has all of the features."""
-        valid: Bools = np.logical_and.reduce([feature.valid for feature in self._features])
-        return valid
+        # A copy, because the feature goes on using its array.
+        valid_N = self._features[0].valid.copy()
+        for feature in self._features[1:]:
+            valid_N &= feature.valid
+        return valid_N
 
     @property
     def failed_rows(self) -> Ints:
-        """Rows of committed chunks that lack a feature, ascending: (M,) int64. Reads commits only."""
-        return distinct(np.concatenate([feature.failed[0] for feature in self._features]))
+        """Rows of committed chunks that lack a feature, ascending: (M,) int64. Only commits are read."""
+        failed_rows = [feature.failed[0] for feature in self._features]
+        return distinct(np.concatenate(failed_rows))
 
     def has(self, rows: Ints) -> Bools:
         """Return whether each item has all of the features, (B,) bool; see `Feature.has`."""
-        has_B: Bools = np.logical_and.reduce([feature.has(rows) for feature in self._features])
+        has_B = self._features[0].has(rows)
+        for feature in self._features[1:]:
+            has_B &= feature.has(rows)
         return has_B
 
     def require_complete(self) -> None:
@@ -132,7 +146,8 @@ class InputFeature:
 
     def blocks(self) -> Iterator[tuple[Ints, Inputs]]:
         """Iterate over the valid items of committed chunks in row order, with checksums checked: rows and inputs."""
-        for number, commits in enumerate(zip(*(feature.commits for feature in self._features), strict=True)):
+        commits_by_feature = [feature.commits for feature in self._features]
+        for number, commits in enumerate(zip(*commits_by_feature, strict=True)):
             if None not in commits:
                 rows, inputs = self.chunk(number)
                 if len(rows):
@@ -140,30 +155,43 @@ class InputFeature:
 
     def chunk(self, number: int) -> tuple[Ints, Inputs]:
         """Read the valid items of one committed chunk, with checksums checked: rows and inputs."""
-        start = number * self._features[0].group.info.chunk_size
-        commits = [feature.commits[number] for feature in self._features]
+        first = self._features[0]
+        first_commit = first.commits[number]
+        start = number * first.group.info.chunk_size
 
         # The common case makes no Python object per item.
-        if len(self._features) == 1 and not self._features[0].is_ragged and commits[0]:
-            valid_rows, values = _read_dense_chunk(self._features[0], commits[0])
-            return valid_rows + start, Inputs(values)
+        if len(self._features) == 1 and not first.is_ragged and first_commit is not None:
+            dense_rows, values = _read_dense_chunk(first, first_commit)
+            return dense_rows + start, Inputs(values)
+
+        items_by_feature: list[Sequence[Array | None]] = []
+        for feature in self._features:
+            commit = feature.commits[number]
+            if commit is not None:
+                items_by_feature.append(feature.items(commit))
 
         # An item counts only if it has all of the features.
-        items = [feature.items(commit) for feature, commit in zip(self._features, commits, strict=True) if commit]
-        is_valid = [all(part is not None for part in item) for item in zip(*items, strict=True)]
-        valid_rows = np.flatnonzero(is_valid)
-        if not len(valid_rows):
-            return valid_rows, Inputs(np.empty((0, self.width), self.dtype))
-        return valid_rows + start, to_inputs([[part[row] for row in valid_rows] for part in items])  # type: ignore[misc]
+        rows: list[int] = []
+        items: list[tuple[Any, ...]] = []
+        for row, parts in enumerate(zip(*items_by_feature, strict=True), start=start):
+            if all(part is not None for part in parts):
+                rows.append(row)
+                items.append(parts)
+
+        if not rows:
+            return np.empty(0, np.int64), Inputs(np.empty((0, self.width), self.dtype))
+        return np.array(rows, np.int64), to_inputs(list(zip(*items, strict=True)))
 
     def load(self, *, progress: Progress | None = None) -> Reader:
         """Read all items into memory, with checksums checked, and return a reader of their rows."""
         progress = progress or NullProgress()
         progress.start(f"loading {self.name}", self.num_items * len(self._features), noun(self.modality))
-        readers = []
+
+        readers: list[Reader] = []
         for feature in self._features:
             load = _load_ragged if feature.is_ragged else _load
             readers.append(load(feature, progress))
+
         progress.finish()
         return lambda rows: _join([read(rows) for read in readers])
 
@@ -171,14 +199,18 @@ class InputFeature:
 def gather(readers: Iterable[Reader], rows: Ints, numbers: Ints) -> Inputs:
     """Read each row with the reader of its number. Token sequences are padded to the longest one."""
     parts: list[tuple[Ints, Inputs]] = []
+    shapes: list[tuple[int, ...]] = []
+    dtypes: list[np.dtype[Any]] = []
     for number, read in enumerate(readers):
         positions = np.flatnonzero(numbers == number)
         if len(positions):
-            parts.append((positions, read(rows[positions])))
+            inputs = read(rows[positions])
+            parts.append((positions, inputs))
+            shapes.append(inputs.values.shape[1:])
+            dtypes.append(inputs.values.dtype)
 
-    shape = np.max([inputs.values.shape[1:] for _, inputs in parts], axis=0)
-    dtype = np.result_type(*(inputs.values.dtype for _, inputs in parts))
-    values: Array = np.zeros((len(rows), *shape), dtype)
+    shape = np.max(shapes, axis=0)
+    values: Array = np.zeros((len(rows), *shape), np.result_type(*dtypes))
 
     # Either all readers return lengths, or none does, because they read the same feature of several caches.
     lengths = None if parts[0][1].lengths is None else np.zeros(len(rows), np.int64)
@@ -193,6 +225,7 @@ def join_readers(readers: Sequence[Reader], nums_items: Sequence[int]) -> Reader
     """Return a reader of the rows of several features, which are counted across them."""
     if len(readers) == 1:
         return readers[0]
+
     starts = np.cumsum([0, *nums_items])
 
     def read(rows: Ints) -> Inputs:
@@ -220,6 +253,7 @@ def features_by_modality(cache: Cache, feature: NamedFeatures) -> dict[str, list
             names_by_modality[modality] = list(map(str, one_or_many(names or ())))
         return names_by_modality
 
+    # A name without a modality belongs to the only modality that has it.
     for word in map(str, one_or_many(feature or ())):
         prefix, name = split_modality(word)
         names_by_modality.setdefault(prefix or _modality_of(cache, name), []).append(name)
@@ -228,11 +262,15 @@ def features_by_modality(cache: Cache, feature: NamedFeatures) -> dict[str, list
 
 def _modality_of(cache: Cache, name: str) -> str:
     """Return the only modality that has a feature, or features joined by `+`."""
-    modalities = [modality for modality in MODALITIES if cache.features(modality) and _has(cache, modality, name)]
+    modalities: list[str] = []
+    all_names: list[str] = []
+    for modality in MODALITIES:
+        features = cache.features(modality)
+        all_names += [feature.name for feature in features]
+        if features and _has(cache, modality, name):
+            modalities.append(modality)
+
     if not modalities:
-        all_names: list[str] = []
-        for modality in MODALITIES:
-            all_names += (feature.name for feature in cache.features(modality))
         raise unknown_name("feature", name, all_names, where=f"of {cache.path}")
 
     if len(modalities) > 1:
@@ -264,7 +302,7 @@ def choose_pair(cache: Cache, feature: NamedFeatures) -> dict[str, str | None]:
 
     pair = default_pair(cache)
     if len(name_by_modality) < 2 and {*name_by_modality} <= {*pair}:
-        name_by_modality = {modality: name_by_modality.get(modality) for modality in pair}
+        name_by_modality = {**dict.fromkeys(pair), **name_by_modality}
 
     if len(name_by_modality) != 2:
         raise SettingError(
@@ -279,8 +317,8 @@ def default_pair(cache: Cache) -> Sequence[str]:
 
     If a cache has features of exactly two modalities, it pairs these instead.
     """
-    present = [name for name in MODALITIES if cache.features(name)]
-    return present if len(present) == 2 else ("image", "text")
+    modalities = list(filter(cache.features, MODALITIES))
+    return modalities if len(modalities) == 2 else ("image", "text")
 
 
 def open_input(cache: Cache, modality: str, name: str | None = None) -> InputFeature:
@@ -291,11 +329,12 @@ def open_input(cache: Cache, modality: str, name: str | None = None) -> InputFea
         DataError: the features have different encoders or widths.
     """
     names = [None] if name is None else name.split("+")
-    return InputFeature([cache.feature(modality, part) for part in names])
+    features = map(partial(cache.feature, modality), names)
+    return InputFeature(list(features))
 
 
 def view_feature(name: str, view: str) -> str:
-    """Return the name of a view of an input feature. A view of a view replaces it.
+    """Return the name of a view of an input feature. A view of a view replaces the first view.
 
     Example:
         >>> view_feature("a/cls+a/patches", "flip"), view_feature("a@flip/cls", "crop-0.5")
@@ -303,6 +342,7 @@ def view_feature(name: str, view: str) -> str:
     """
     if view == PLAIN:
         return name
+
     parts = []
     for part in name.split("+"):
         encoder, slash, feature = part.partition("/")
@@ -318,9 +358,12 @@ def check_same_view(
     Raises:
         FingerprintError: they differ in more than their view. The message names each field with both values.
     """
+    # Each view has its own entry, so only the others can be equal.
     if view != PLAIN:
-        expected = {name: value for name, value in expected.items() if name != "view"}
-        fingerprint = {name: value for name, value in fingerprint.items() if name != "view"}
+        expected = dict(expected)
+        fingerprint = dict(fingerprint)
+        expected.pop("view", None)
+        fingerprint.pop("view", None)
     check_same(what, expected, fingerprint, next_step=next_step)
 
 
@@ -328,7 +371,7 @@ def to_inputs(features: Sequence[Sequence[Array]]) -> Inputs:
     """Stack items into inputs, given one (D,) or (T, D) array per item of each feature."""
     parts = []
     for items in features:
-        has_one_shape = len({item.shape for item in items}) == 1
+        has_one_shape = len(set(map(np.shape, items))) == 1
         parts.append(Inputs(np.stack(items)) if has_one_shape else _padded(items))
     return _join(parts)
 
@@ -352,6 +395,8 @@ def _read_dense_chunk(feature: Feature, commit: Commit) -> tuple[Ints, Array]:
     """Read the valid items of a chunk of items of one shape, without a Python object per item."""
     parts = [values for _, values in feature.read_chunk(commit)]
     values = parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    # Samples that were appended after the commit have no values in it.
     valid_rows = np.flatnonzero(is_none(commit.failures[feature.feature])[: len(values)])
     return valid_rows, values if len(valid_rows) == len(values) else values[valid_rows]
 
@@ -362,21 +407,25 @@ def _load(feature: Feature, progress: Progress) -> Reader:
 
 
 def _load_ragged(feature: Feature, progress: Progress) -> Reader:
-    items: list[Array | None] = []
+    items: list[Array] = []
+    lengths: list[int] = []
     for _, chunk in feature.chunks():
-        items += chunk
+        for tokens in chunk:
+            lengths.append(0 if tokens is None else len(tokens))
+            if tokens is not None:
+                items.append(tokens)
         progress.advance(len(chunk))
 
     # One array of all tokens, with the place of each item's first token, is smaller than an array per item.
-    lengths = np.array([0 if tokens is None else len(tokens) for tokens in items], np.int64)
-    values = np.concatenate([tokens for tokens in items if tokens is not None])
-    starts = np.cumsum(lengths) - lengths
-    return lambda rows: _pad(values, starts[rows], lengths[rows])
+    values = np.concatenate(items)
+    lengths_N = np.array(lengths, np.int64)
+    starts_N = np.cumsum(lengths_N) - lengths_N
+    return lambda rows: _pad(values, starts_N[rows], lengths_N[rows])
 
 
-def _padded(tokens: Sequence[Array]) -> Inputs:
-    lengths = np.array([len(array) for array in tokens], np.int64)
-    return _pad(np.concatenate(tokens), np.cumsum(lengths) - lengths, lengths)
+def _padded(items: Sequence[Array]) -> Inputs:
+    lengths_B = np.array(list(map(len, items)), np.int64)
+    return _pad(np.concatenate(items), np.cumsum(lengths_B) - lengths_B, lengths_B)
 
 
 def _pad(values_ND: Array, starts: Ints, lengths: Ints) -> Inputs:
@@ -390,12 +439,19 @@ def _pad(values_ND: Array, starts: Ints, lengths: Ints) -> Inputs:
 def _join(parts: Sequence[Inputs]) -> Inputs:
     if len(parts) == 1:
         return parts[0]
-    if any(part.lengths is not None for part in parts[:-1]):
-        raise DataError("a feature with a varying number of tokens must come last: name the vector first")
 
-    values = [part.values if part.values.ndim == 3 else part.values[:, None] for part in parts]
+    # Padding may only be at the end of a sequence.
+    for part in parts[:-1]:
+        if part.lengths is not None:
+            raise DataError("a feature with a varying number of tokens must come last: name the vector first")
+
+    tokens: list[Array] = []
+    for part in parts:
+        tokens.append(part.values if part.values.ndim == 3 else part.values[:, None])
+    values = np.concatenate(tokens, axis=1)
+
     lengths = parts[-1].lengths
     if lengths is not None:
         # The tokens of the earlier parts are in front of the last part's, and all of them count.
-        lengths = lengths + sum(part.shape[1] for part in values[:-1])
-    return Inputs(np.concatenate(values, axis=1), lengths)
+        lengths = lengths + values.shape[1] - tokens[-1].shape[1]
+    return Inputs(values, lengths)
