@@ -6,11 +6,11 @@ Its plan estimates the items, bytes, memory and time before it is run.
 import os
 import shutil
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, product
 from math import ceil
 from pathlib import Path
 from statistics import fmean
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from embedcache.encoders.base import Modality
 from embedcache.encoders.open import EncoderSpec, check_spec
-from embedcache.encoders.views import open_view
+from embedcache.encoders.views import View, open_view
 from embedcache.errors import DiskFullError, PathError, SettingError, SourceError, UnfinishedError, quoted
 from embedcache.extract.encode import Encoders, open_encoders
 from embedcache.extract.prototypes import PrototypesSource, store_rows
@@ -55,7 +55,7 @@ _SOURCE_TYPE = "source_type"
 
 _PROBE_BATCHES = 4
 _COMMIT_BYTES = 24
-"""Per item in a commit: its hash, and sometimes the reason of a failure."""
+"""Bytes per item in a commit: its hash, and the reason if it failed."""
 
 
 def extract(
@@ -75,15 +75,16 @@ def extract(
     processes on one cache share the work. An item that cannot be read becomes a row with a reason.
 
     Args:
-        source: the raw samples: a source, or what `open_source` takes. The path of the cache itself stands for the
-            samples that it has: its source is not compared with them, and is opened for items in files only.
+        source: the raw samples: an open source, or any location that `open_source` accepts. The path of the cache
+            itself stands for the samples in it. Its source is then opened for items in files only, and is not compared
+            with the cache.
         cache: path or URL of a new folder, or of a cache of this source.
-        image_encoder: one encoder of images or several, as `family:model`.
-        text_encoder: encoders of texts.
-        encoder: modality -> encoders, of any modality.
+        image_encoder: one or several encoders of images, as `family:model`.
+        text_encoder: one or several encoders of captions.
+        encoder: modality -> encoders, for any modality.
         settings: how features are extracted and stored.
-        options: settings by their names on the command line, which replace those of `settings`;
-            also those of `SourceSettings` and `source_type`, if the source is not open yet.
+        options: settings by their names on the command line, which replace the values in `settings`. If the source is
+            not open yet, they may include `source_type` and the fields of `SourceSettings`.
         progress: shows the number of encoded items.
 
     Returns:
@@ -93,7 +94,7 @@ def extract(
         SettingError: no encoder is named, or the cache was imported or merged and is not the source itself.
         UnknownNameError: a modality, encoder or feature is unknown.
         SourceError: the source cannot be indexed, lacks a modality, or none of its items can be read.
-        FingerprintError: the cache holds other samples, or features of a different encoder of that name.
+        FingerprintError: the cache contains other samples, or features of a different encoder of that name.
         DiskFullError: the disk is full; committed chunks stay valid, so run again with more space.
 
     Example:
@@ -106,12 +107,13 @@ def extract(
     progress = to_progress(progress)
     encoders = join_encoders(image_encoder, text_encoder, encoder)
     job = open_job(source, cache, encoders, settings=settings, options=options, progress=progress)
+
     with _record(job, "extract") as outcome:
         reports = run_job(job, progress)
         if isinstance(job.opened, PrototypesSource):
             reports.append(store_rows(Cache(job.cache), job.opened, dtype=job.settings.dtype, progress=progress))
-        if any(report.computed for report in reports):
-            outcome["encoders"] = [vars(report) for report in reports]
+        _add_reports(outcome, reports)
+
     _check_any_encoded(job, reports)
     return reports
 
@@ -143,33 +145,37 @@ def retry_failed(
     progress = to_progress(progress)
     encoders = join_encoders(image_encoder, text_encoder, encoder)
     job = open_job(source, cache, encoders, settings=settings, options=options, accept_replaced=True, progress=progress)
-    producers = [
-        replace(opened, folders=[folder])  # each tries its own failed rows
-        for opened in open_encoders(job, job_devices(job.settings)[0])
-        if opened.source is not None
-        for folder in opened.folders
-    ]
+
+    producers = []
+    for opened in open_encoders(job, job_devices(job.settings)[0]):
+        if opened.source is None:
+            continue
+        # One producer per folder, as each has its own failed rows.
+        for folder in opened.folders:
+            producers.append(replace(opened, folders=[folder]))
+
     with _record(job, "retry") as outcome:
         reports = fill_all(producers, rows="failed", progress=progress)
-        if any(report.computed for report in reports):
-            outcome["encoders"] = [vars(report) for report in reports]
+        _add_reports(outcome, reports)
     return reports
 
 
 def open_source_or_cache(
     location: object, cache: AnyPath, *, kind: str | None = None, settings: SourceSettings | None = None
 ) -> Source:
-    """Open a source; at the location of the cache that it is extracted into, the one that the cache recorded.
+    """Open a source. If its location is the cache itself, open the source that the cache recorded.
 
     Raises:
-        SettingError: a kind or settings of a source that the cache recorded.
-        PathError, SourceError, UnknownNameError: as `open_source`.
+        SettingError: a kind or settings are given for a source that the cache recorded.
+        PathError, SourceError, UnknownNameError: as in `open_source`.
     """
     if not (isinstance(location, str | os.PathLike) and is_cache_at(location, cache)):
         return open_source(location, kind=kind, settings=settings)
+
     if kind is not None:
         raise SettingError(f"source_type: expected none, as the source is the cache itself, got {kind!r}; omit it")
     (settings or SourceSettings()).check_supported("cache")
+
     info = read_info(open_path(cache))
     return RecordedSource(info.source, info.index_digest)
 
@@ -179,20 +185,28 @@ def join_encoders(
     text_encoder: str | Sequence[str],
     encoder: Mapping[str, str | Sequence[str]] | None,
 ) -> dict[ModalityName, tuple[str, ...]]:
-    """Return modality -> encoders, in the order of the table of modalities, without modalities that have none."""
-    named: dict[str, tuple[str, ...]] = {"image": _specs(image_encoder), "text": _specs(text_encoder)}
+    """Return modality -> encoders in the order of `MODALITIES`, without modalities that have none."""
+    specs_by_name: dict[str, tuple[str, ...]] = {"image": _specs(image_encoder), "text": _specs(text_encoder)}
     if not isinstance(encoder, Mapping | None):
         raise SettingError(f"encoder: expected encoders by modality, such as audio=SPEC, got {encoder!r}")
     for modality, specs in (encoder or {}).items():
         if modality not in MODALITIES:
             raise unknown_name("modality", modality, MODALITIES)
-        named[modality] = (*named.get(modality, ()), *_specs(specs))
-    return {modality.name: named[name] for name, modality in MODALITIES.items() if named.get(name)}
+        specs_by_name[modality] = (*specs_by_name.get(modality, ()), *_specs(specs))
+
+    encoders: dict[ModalityName, tuple[str, ...]] = {}
+    for name, kind in MODALITIES.items():
+        if specs_by_name.get(name):
+            encoders[kind.name] = specs_by_name[name]
+    return encoders
 
 
 def _specs(specs: str | Sequence[str]) -> tuple[str, ...]:
-    listed = (specs,) if isinstance(specs, str) else tuple(specs) if isinstance(specs, Iterable) else None
-    if listed is None or not all(isinstance(spec, str) for spec in listed):
+    if isinstance(specs, str):
+        return (specs,)
+
+    listed = tuple(specs) if isinstance(specs, Iterable) else (specs,)
+    if not all(isinstance(spec, str) for spec in listed):
         raise SettingError(f"expected the name of an encoder, such as st:all-MiniLM-L6-v2, or several, got {specs!r}")
     return listed
 
@@ -210,39 +224,51 @@ def open_job(
     """Open the source, check the request, then index the source, or check that the cache's index matches it.
 
     Args:
-        options: settings by their names on the command line; also those of the source, if it is not open yet.
+        options: settings by their names on the command line, including settings of a source that is not open yet.
         accept_replaced: whether items that failed before may have changed in the source.
 
     Raises:
-        SettingError: no encoder is named, a name is invalid, or two would be stored as one; or the cache has no such
-            source, or is its own source and should get more samples.
+        SettingError: no encoder is named, a name is invalid, two encoders would be stored as one, the cache has no
+            such source, or it is its own source and should get more samples.
         PathError, SourceError: the source, or the one that the cache recorded, cannot be opened.
         UnknownNameError: a view is unknown.
         MissingExtraError: the package that decodes items of a modality is not installed.
     """
-    options = options or {}
-    of_source = {_SOURCE_TYPE, *(item.name for item in flat_settings(SourceSettings))} & options.keys()
-    if not isinstance(source, Source):
-        chosen = {name: options[name] for name in of_source - {_SOURCE_TYPE}}
-        source_settings = from_flat(SourceSettings, chosen)
-        source = open_source_or_cache(source, cache, kind=options.get(_SOURCE_TYPE), settings=source_settings)
-    elif of_source:
-        raise SettingError(f"{min(of_source)}: expected a location, got an open source; open it with settings")
-    source = below_named(source)
-    of_extract = {name: value for name, value in options.items() if name not in of_source}
-    settings = merge_settings(ExtractSettings, settings, of_extract)
+    source_names = {_SOURCE_TYPE, *(item.name for item in flat_settings(SourceSettings))}
+    source_options: dict[str, Any] = {}
+    extract_options: dict[str, Any] = {}
+    for name, value in (options or {}).items():
+        if name in source_names:
+            source_options[name] = value
+        else:
+            extract_options[name] = value
 
+    if not isinstance(source, Source):
+        kind = source_options.pop(_SOURCE_TYPE, None)
+        source_settings = from_flat(SourceSettings, source_options)
+        source = open_source_or_cache(source, cache, kind=kind, settings=source_settings)
+    elif source_options:
+        raise SettingError(f"{min(source_options)}: expected a location, got an open source; open it with settings")
+    source = below_named(source)
+    settings = merge_settings(ExtractSettings, settings, extract_options)
+
+    # All mistakes are reported before the source is indexed, which may take hours.
     _check_encoders(encoders, settings)
-    if isinstance(source, PrototypesSource) and (other := [name for name in encoders if name != "text"]):
-        raise SettingError(f"{other[0]}_encoder: expected none, as prototypes are rows of {source.spec.text}; omit it")
+    if isinstance(source, PrototypesSource):
+        for modality in encoders:
+            if modality != "text":
+                step = f"expected none, as prototypes are rows of {source.spec.text}; omit it"
+                raise SettingError(f"{modality}_encoder: {step}")
     for device in job_devices(settings) if settings.engine == "local" else settings.devices:
         torch_device(device)
+
     path = open_path(cache)
     if isinstance(source, RecordedSource):
         _check_recorded(source, path, encoders, settings)
     else:
         _index(source, path, settings, accept_replaced=accept_replaced, progress=progress)
     remove_partials(path)
+
     reads_files = any(MODALITIES[modality].kind == "files" for modality in encoders)
     return ExtractJob(
         cache=str(path),
@@ -260,7 +286,9 @@ def _index(source: Source, path: Path, settings: ExtractSettings, *, accept_repl
     described = source.describe()
     if not is_description(described):
         raise SourceError(f"{type(source).__name__}.describe: expected a type and a path, got {described!r}")
-    trust_code(described["type"])  # the user gave it as an object, so this process may open it again
+
+    # The user passed the source as an object, so this process may open it again.
+    trust_code(described["type"])
     info = index(
         source,
         path,
@@ -272,6 +300,7 @@ def _index(source: Source, path: Path, settings: ExtractSettings, *, accept_repl
     )
     remember(described, info.index_digest)
     _record_location(described, path, info, progress)
+
     if info.num_samples == settings.limit:
         progress.note(
             f"the cache has the first {info.num_samples:,} samples (--limit); --extend with a larger --limit, or none, "
@@ -285,18 +314,25 @@ def _check_recorded(
     encoders: Mapping[ModalityName, Sequence[str]],
     settings: ExtractSettings,
 ) -> None:
-    """Check that a cache has the items that the encoders ask for, as far as its source has to be read."""
+    """Check a cache that is extracted into itself, and open its source if an encoder reads files."""
     for name, is_given in (("extend", settings.extend), ("limit", settings.limit is not None)):
         if is_given:
             raise SettingError(f"{name}: expected a source of more samples, got the cache itself; name its source")
+
     info = open_indexed(path, chunk_size=settings.chunk_size)
-    in_files = [each for each in encoders if MODALITIES[each].kind == "files" and info.num_items.get(each)]
-    for modality in in_files:  # hashes of imported vectors and of files cannot be compared
+    reads_files = False
+    for modality in encoders:
+        if MODALITIES[modality].kind != "files" or not info.num_items.get(modality):
+            continue
+        reads_files = True
+
+        # Hashes of imported vectors cannot be compared with hashes of files.
         groups = Cache(path).encoders(modality)
         if info.source.get("type") == IMPORTED_SOURCE or any(group.is_imported for group in groups):
             step = f"extract the {noun(modality)} into a new folder"
             raise SettingError(f"{path} has imported vectors of {noun(modality)}: encode its captions only; {step}")
-    if in_files:
+
+    if reads_files:
         try:
             _ = source.opened
         except PathError as error:
@@ -306,69 +342,95 @@ def _check_recorded(
 
 
 def _check_has_a_source(cache_path: Path) -> None:
-    """Check that a cache, if there is one, was made of raw samples, not of vectors or of other caches."""
+    """Check that an existing cache was extracted from raw samples, not imported or cut or merged from other caches."""
     if not info_path(cache_path).is_file():
         return
+
     source = read_info(cache_path).source
-    is_imported = source.get("type") == IMPORTED_SOURCE
-    if is_imported or SUBSET in source:
-        made, items = ("imported from", "captions") if is_imported else ("cut or merged from caches of", "samples")
-        command = f"embedcache extract {quoted(cache_path)} {quoted(cache_path)}"
-        raise SettingError(f"{cache_path} was {made} {source['path']}; to encode its {items}: {command}")
+    if source.get("type") == IMPORTED_SOURCE:
+        origin = "imported from"
+        items = "captions"
+    elif SUBSET in source:
+        origin = "cut or merged from caches of"
+        items = "samples"
+    else:
+        return
+    command = f"embedcache extract {quoted(cache_path)} {quoted(cache_path)}"
+    raise SettingError(f"{cache_path} was {origin} {source['path']}; to encode its {items}: {command}")
 
 
 def _record_location(described: Mapping[str, Any], cache_path: Path, info: CacheInfo, progress: Progress) -> None:
-    """Record where the source of a cache is now, if it is elsewhere than the cache says.
+    """Record the present location of a cache's source if it has moved.
 
-    Rows and digests stay as they are. A cache that cannot be written keeps the old place.
+    Rows and digests stay as they are. A cache that cannot be written keeps the old location.
     """
-    found = dict(described)
+    source = dict(described)
     stored = info.source
-    if found["type"] != stored.get("type") or found["path"] == stored.get("path"):
+    if source["type"] != stored.get("type") or source["path"] == stored.get("path"):
         return
+
     with suppress(OSError), locked(cache_path):
-        info = read_info(cache_path)  # read again: another process may have appended samples
-        write_info(cache_path, replace_fields(info, source=found))
-        progress.note(f"the source of {cache_path} is now {found['path']}; it was {stored.get('path')}")
+        # Another process may have appended samples.
+        info = read_info(cache_path)
+        write_info(cache_path, replace_fields(info, source=source))
+        progress.note(f"the source of {cache_path} is now {source['path']}; it was {stored.get('path')}")
 
 
 def _check_encoders(encoders: Mapping[ModalityName, Sequence[str]], settings: ExtractSettings) -> None:
-    """Check, before hours of indexing, that items can be decoded, views suit the encoders, and each has its folder.
+    """Check that items can be decoded, that views suit the encoders, and that each of them has a separate folder.
 
-    Encoders that this process opens must be of known families, and their files exist.
+    Encoders that this process opens must belong to known families, and their files must exist.
     """
     if not encoders:
         raise SettingError("expected at least one encoder, got none; name one: --text-encoder st:all-MiniLM-L6-v2")
-    for spec in [spec for specs in encoders.values() for spec in specs if settings.engine == "local"]:
-        check_spec(spec)
-    for package in filter(None, (MODALITIES[modality].package for modality in encoders)):
-        require(package, extra="media")
-    views = [open_view(name) for name in settings.views]
+
+    # Ray's tasks open encoders on machines that may have other packages and files.
+    if settings.engine == "local":
+        for spec in chain.from_iterable(encoders.values()):
+            check_spec(spec)
+    for modality in encoders:
+        package = MODALITIES[modality].package
+        if package:
+            require(package, extra="media")
+
+    views = list(map(open_view, settings.views))
     for view in views:
         if view.modality not in encoders:
             raise SettingError(
                 f"view {view.name} applies to {noun(view.modality)}, but no {view.modality} encoder is named"
             )
+    _check_folders(encoders, views)
+
+
+def _check_folders(encoders: Mapping[ModalityName, Sequence[str]], views: Sequence[View]) -> None:
+    """Check that no two encoders or views of a modality are stored in one folder."""
     for modality, specs in encoders.items():
-        suffixes = ["", *(view.suffix for view in views if view.modality == modality)]
-        folders = Counter(EncoderSpec.parse(spec).folder + suffix for spec in specs for suffix in suffixes)
-        folder, count = max(folders.items(), key=lambda item: item[1], default=("", 0))
-        if count > 1:
-            raise SettingError(f"{count} {modality} encoders or views would be stored as {folder}; name each once")
+        suffixes = [""]
+        for view in views:
+            if view.modality == modality:
+                suffixes.append(view.suffix)
+
+        folders = Counter[str]()
+        for spec, suffix in product(specs, suffixes):
+            folders[EncoderSpec.parse(spec).folder + suffix] += 1
+        for folder, count in folders.most_common(1):
+            if count > 1:
+                raise SettingError(f"{count} {modality} encoders or views would be stored as {folder}; name each once")
 
 
 def run_job(job: ExtractJob, progress: Progress) -> list[FillReport]:
-    """Encode all missing chunks: in this process, in one process per device, or as Ray tasks.
+    """Encode all missing chunks in this process, in one process per device, or as Ray tasks.
 
-    Each process opens the encoders and fills the cache, as several commands on one cache do. An error in one ends the
-    others; Ray repeats the tasks of a machine that was lost.
+    Each process opens the encoders and fills the cache, as several commands on one cache do. An error in one process
+    ends the others. Ray repeats the tasks of a lost machine.
 
     Raises:
-        UnfinishedError: all worker processes died, or one that had chunks of its own.
+        UnfinishedError: all worker processes died, or one that had separate chunks.
         MissingExtraError: Ray is not installed.
     """
     if job.settings.engine == "ray":
         return _run_ray(job, progress)
+
     devices = job_devices(job.settings)
     for device in devices:
         announce_device(device)
@@ -376,7 +438,10 @@ def run_job(job: ExtractJob, progress: Progress) -> list[FillReport]:
 
 
 def job_devices(settings: ExtractSettings) -> tuple[str, ...]:
-    """Return the devices that share the work on this machine: those named, else all GPUs; onnxruntime is on the CPU."""
+    """Return the devices that share the work on this machine: the requested devices, by default all GPUs.
+
+    If onnxruntime is the backend, the default is the CPU.
+    """
     if settings.devices not in ((), (AUTO,)):
         return settings.devices
     return ("cpu",) if settings.encoder.backend == "onnxruntime" else all_devices()
@@ -390,15 +455,19 @@ def _fill_cache(job: ExtractJob, device: str, progress: Progress) -> list[FillRe
 def _run_devices(job: ExtractJob, devices: Sequence[str], progress: Progress) -> list[FillReport]:
     """Encode in one process per device.
 
-    They lease chunks one by one, and finish the chunks of one that was killed. Behind a URL, and where locks are
-    skipped, nothing can be leased, and each has a fixed part of the chunks instead.
+    The processes lease chunks one by one, and finish the chunks of a process that was killed. Without locks, as behind
+    a URL, no chunk can be leased, and each process gets a fixed part of the chunks instead.
     """
     count = len(devices)
     threads = max(1, num_cores() // count)
     is_split = not has_locks(open_path(job.cache))
+
+    # An open source stays in this process; the others open it again.
     parts = _split_job(job, count) if is_split else [replace(job, opened=None)] * count
-    tasks = [(part, device, threads) for part, device in zip(parts, devices, strict=True)]
+    tasks = list(zip(parts, devices, [threads] * count, strict=True))
     reports, num_died = run_processes(_run_part, tasks, progress, is_shared=True)
+
+    # Leased chunks of a process that died are finished by the others, but no process has its fixed part.
     if num_died and (is_split or not reports):
         raise UnfinishedError(f"{num_died} of {count} worker processes died; finished chunks are stored; run it again")
     if num_died:
@@ -407,15 +476,19 @@ def _run_devices(job: ExtractJob, devices: Sequence[str], progress: Progress) ->
 
 
 def _run_ray(job: ExtractJob, progress: Progress) -> list[FillReport]:
-    """Encode on a cluster whose machines all see the cache and the source; each task opens its own source."""
+    """Encode on a cluster of machines that can all read the cache and the source. Each task opens the source."""
     with connected(job.settings.address) as ray:
         num_gpus = int(ray.cluster_resources().get("GPU", 0))
-        nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
-        num_nodes = max(1, len(nodes))
-        count = job.settings.actors or num_gpus or num_nodes
+        num_nodes = 0
+        for node in ray.nodes():
+            num_nodes += node["Alive"] and node["Resources"].get("CPU", 0) >= 1
+        num_nodes = max(1, num_nodes)
 
+        # Tasks on one machine share its cores.
+        count = job.settings.actors or num_gpus or num_nodes
         threads = max(1, num_cores() // ceil(count / num_nodes))
-        tasks = [(part, "cuda" if num_gpus else "cpu", threads) for part in _split_job(job, count)]
+        device = "cuda" if num_gpus else "cpu"
+        tasks = [(part, device, threads) for part in _split_job(job, count)]
         reports = run_ray_tasks(ray, _run_part, tasks, progress, num_gpus=min(num_gpus, 1))
     return _join_reports(job, reports)
 
@@ -425,11 +498,12 @@ def _split_job(job: ExtractJob, count: int) -> list[ExtractJob]:
 
 
 def _run_part(task: tuple[ExtractJob, str, int], progress: Progress) -> list[FillReport]:
-    """Run in another process: encode on one device with a fixed number of threads."""
+    """Encode on one device with a fixed number of threads, in a worker process."""
     import torch
 
     job, device, threads = task
-    torch.set_num_threads(threads)  # also for encoders that stay on the CPU; Ray allows one per requested CPU
+    # Encoders that stay on the CPU also use these threads. Ray allows one per requested CPU.
+    torch.set_num_threads(threads)
     settings = replace_fields(job.settings, threads=job.settings.threads or threads)
     return _fill_cache(replace(job, settings=settings), device, progress)
 
@@ -440,27 +514,41 @@ def _join_reports(job: ExtractJob, reports: Iterable[Sequence[FillReport]]) -> l
     num_computed = Counter[tuple[str, str, tuple[str, ...]]]()
     for report in chain.from_iterable(reports):
         num_computed[report.modality, report.encoder, tuple(report.features)] += report.computed
-    return [
-        count_filled(open_group(cache.path, modality, encoder, cache.info), "encoded", features, count)
-        for (modality, encoder, features), count in num_computed.items()
-    ]
+
+    joined = []
+    for (modality, encoder, features), count in num_computed.items():
+        group = open_group(cache.path, modality, encoder, cache.info)
+        joined.append(count_filled(group, "encoded", features, count))
+    return joined
 
 
 def _record(job: ExtractJob, stage: str) -> AbstractContextManager[dict[str, Any]]:
-    """Record a stage on a cache in its folder `records`."""
+    """Record a stage in the folder `records` of a cache."""
     request = {"source": job.source, "encoders": job.encoders, "settings": job.settings.to_json()}
     return record_stage(new_record_path(open_path(job.cache), stage), stage, request)
+
+
+def _add_reports(outcome: dict[str, Any], reports: Sequence[FillReport]) -> None:
+    """Add the reports to the record of a stage if any item was encoded."""
+    if any(report.computed for report in reports):
+        outcome["encoders"] = list(map(vars, reports))
 
 
 def _check_any_encoded(job: ExtractJob, reports: Sequence[FillReport]) -> None:
     cache = Cache(job.cache)
     for report in reports:
-        failures = {kind: count for kind, count in report.failures.items() if has_failed(kind)}
-        if failures and sum(report.failures.values()) == cache.info.num_items[report.modality]:
-            reasons = "; ".join(f"{count} {reason}" for reason, count in failures.items())
-            items = f"{sum(failures.values())} {noun(report.modality)}"
+        reasons = []
+        num_failed = 0
+        # Removed and pending items did not fail.
+        for reason, count in report.failures.items():
+            if has_failed(reason):
+                reasons.append(f"{count} {reason}")
+                num_failed += count
+
+        if reasons and sum(report.failures.values()) == cache.info.num_items[report.modality]:
+            items = f"{num_failed} {noun(report.modality)}"
             step = f"embedcache inspect {quoted(cache.path)} names them; extract into a new folder"
-            raise SourceError(f"all {items} failed: {reasons}; {step}")
+            raise SourceError(f"all {items} failed: {'; '.join(reasons)}; {step}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -469,7 +557,7 @@ class PlannedFeature:
 
     Args:
         num_items: number of items in the chunks that lack it.
-        item_bytes: bytes on disk per item; the mean of the probe where items differ in length.
+        item_bytes: bytes on disk per item, the mean over the encoded sample.
     """
 
     name: str
@@ -488,7 +576,7 @@ class Plan:
     """Estimated size, memory and time of an extraction.
 
     Args:
-        features: the features to compute; empty if nothing is missing.
+        features: the features to compute, empty if nothing is missing.
         rates: modality -> items per second with all its encoders together, measured on one device.
         free_bytes: free space on the cache's disk, or None behind a URL.
 
@@ -509,16 +597,15 @@ class Plan:
 
     @property
     def memory_bytes(self) -> int:
-        """Memory for the outputs of two chunks: one is being encoded while the other is committed."""
-        totals = [
-            sum(feature.item_bytes for feature in self.features if feature.modality == modality)
-            for modality in self.rates
-        ]
-        return round(2 * self.chunk_size * max(totals, default=0))
+        """Memory for the outputs of two chunks: one is encoded while the other is committed."""
+        totals: dict[Modality, float] = defaultdict(float)
+        for feature in self.features:
+            totals[feature.modality] += feature.item_bytes
+        return round(2 * self.chunk_size * max(totals.values(), default=0))
 
     @property
     def num_bytes(self) -> int:
-        """Bytes on disk of everything that is missing."""
+        """Bytes on disk of all missing features."""
         return sum(feature.num_bytes for feature in self.features)
 
     def hours(self, modality: Modality) -> float:
@@ -527,7 +614,7 @@ class Plan:
         return num_items / self.rates[modality] / self.num_processes / 3600
 
     def check_space(self) -> None:
-        """Check that the disk can hold the features, or raise a `DiskFullError`."""
+        """Raise a `DiskFullError` if the features do not fit on the disk."""
         if self.free_bytes is not None and self.num_bytes > self.free_bytes:
             needed = format_bytes(self.num_bytes)
             free = format_bytes(self.free_bytes)
@@ -560,9 +647,10 @@ def plan(
     requested = join_encoders(image_encoder, text_encoder, encoder)
     job = open_job(source, cache, requested, settings=settings, options=options, progress=progress)
     path = open_path(job.cache)
+    devices = job_devices(job.settings)
+
     features: list[PlannedFeature] = []
     rates: dict[Modality, float] = {}
-    devices = job_devices(job.settings)
     for encoders in open_encoders(job, devices[0]):
         modality = MODALITIES[encoders.modality].name
         for target in encoders.targets:
@@ -572,6 +660,7 @@ def plan(
             rates[modality], encoded = _probe(encoders, min(chunks))
             for target in encoders.targets:
                 features += _plan_features(target, chunks, encoded[target.group.name])
+
     return Plan(
         cache=path,
         features=features,
@@ -585,11 +674,16 @@ def plan(
 def _plan_features(
     target: Target, chunks: Mapping[int, Mapping[str, Sequence[str]]], encoded: ChunkFeatures
 ) -> Iterator[PlannedFeature]:
-    """Iterate over the features that one folder lacks in chunks; `encoded` are those of the first items."""
+    """Iterate over the features that one folder lacks in chunks. `encoded` contains the features of the first items."""
     group = target.group
     for name in target.outputs:
-        missing_chunks = [chunk for chunk, missing in chunks.items() if name in missing.get(group.name, ())]
-        num_items = group.info.count_items(group.modality, missing_chunks)
+        chunks_without = []
+        for chunk, features_by_folder in chunks.items():
+            if name in features_by_folder.get(group.name, ()):
+                chunks_without.append(chunk)
+        num_items = group.info.count_items(group.modality, chunks_without)
+
+        # Items of some features differ in length, and items that failed have none.
         sizes = [item.nbytes for item in encoded.items[name] if item is not None]
         yield PlannedFeature(
             name=f"{group.name}/{name}",
@@ -600,11 +694,14 @@ def _plan_features(
 
 
 def _probe(encoders: Encoders, chunk: int) -> tuple[float, Mapping[str, ChunkFeatures]]:
-    """Encode the first batches of a chunk; return items per second, without the first batch, and the features."""
+    """Encode the first batches of a chunk. Return items per second, without the first batch, and the features."""
     batch_size = max(folder.encoder.batch_size for folder in encoders.folders)
     num_items = min(_PROBE_BATCHES * batch_size, encoders.cache.info.count_items(encoders.modality, [chunk]))
+
+    # The first batch warms the encoder up and is not timed.
     num_warmup = max(1, num_items // _PROBE_BATCHES)
     encoded = encoders.encode_rows(chunk, range(num_warmup))
+
     started = time.perf_counter()
     if num_items > num_warmup:
         encoded = encoders.encode_rows(chunk, range(num_warmup, num_items))
