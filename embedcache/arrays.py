@@ -1,19 +1,18 @@
 """Small array helpers. NumPy only.
 
-Shape letters: a suffix such as `vectors_BP` names the axes of an array, in order. Every letter that the package uses:
+Shape letters: a suffix such as `vectors_BP` names the axes of an array, in order. A number such as the 2 of `points_M2`
+is a length. Every letter that the package uses:
 
-    A  matches above a threshold                     N  items: rows of a feature
-    B  rows of a batch or block                      P  width of the shared space
-    C  candidates: items, classes or concepts        Q  queries
-    D  width of a stored feature                     R  runs, resamples or settings
-    E  width of a second feature; related pairs      S  samples
-    F  distinct values                               T  tokens or texts; rows of a tile
-    G  groups or left-out blocks                     U  columns of a tile
-    H  height, rows of a grid, bars of a histogram   V  values of one setting or of kinds of clusters; visited clusters
-    I  images                                        W  width of an image, columns of a grid
-    J  neighbors of a concept                        X  candidates gathered so far
-    K  neighbors, ranks, clusters, stacked frames    L  levels of a hierarchy, symbols of a text
-    M  pairs of rows; values under a statistic
+    A  entries picked from a matrix of pairs             M  entries of a list: chosen rows, pairs, values of a statistic
+    B  rows of a batch, block or tile                    N  items: rows of a feature
+    C  candidates: items, classes or concepts            P  width of the shared space
+    D  width of a stored feature                         Q  queries
+    E  width of a second feature                         R  repetitions: runs, resamples or settings
+    F  distinct values                                   S  samples
+    G  groups                                            T  tokens of an item, or its frames
+    H  height: rows of an image or grid                  U  rows of a block that are updated
+    K  k of a method: nearest or best items, clusters    V  clusters that an item visits
+    L  levels of a hierarchy                             W  width: columns of an image or grid
 """
 
 import zipfile
@@ -319,8 +318,8 @@ def concatenated_ranges(starts: Ints, counts: Ints) -> tuple[Ints, Ints]:
     """List the numbers of several ranges, one range after another.
 
     Args:
-        starts: (R,) first number of each range.
-        counts: (R,) length of each range.
+        starts: (G,) first number of each range.
+        counts: (G,) length of each range.
 
     Returns:
         (M,) int64 position of the range of each number, and (M,) int64 numbers.
@@ -331,8 +330,8 @@ def concatenated_ranges(starts: Ints, counts: Ints) -> tuple[Ints, Ints]:
         ([0, 0, 1], [7, 8, 2])
     """
     place_M = np.repeat(np.arange(len(starts)), counts)
-    offset_R = np.cumsum(counts) - counts
-    return place_M, starts[place_M] + np.arange(len(place_M)) - offset_R[place_M]
+    offset_G = np.cumsum(counts) - counts
+    return place_M, starts[place_M] + np.arange(len(place_M)) - offset_G[place_M]
 
 
 def blocks(num_rows: int, size: int) -> Iterator[slice]:

@@ -284,8 +284,8 @@ class Model:
         for name in names:
             for prompt in templates:
                 prompts.append(prompt.replace("{}", name))
-        prompts_CTP = self.encode_text(prompts).reshape(len(names), len(templates), self.width)
-        cosines_NC = self._encode_items(items) @ normalize(prompts_CTP.mean(axis=1)).T
+        prompts_CMP = self.encode_text(prompts).reshape(len(names), len(templates), self.width)
+        cosines_NC = self._encode_items(items) @ normalize(prompts_CMP.mean(axis=1)).T
         return Scores(names=names, probs_NC=softmax(self.scale * cosines_NC, axis=1).astype(np.float32))
 
     def _encode_items(self, items: PairedItems) -> Floats:

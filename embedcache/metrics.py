@@ -211,18 +211,18 @@ def _first_within(negatives_K: Ints, num_positives: int, num_groups: int, k: int
         num_groups: number of all groups.
         k: number of items in the first places.
     """
-    sets_JS = np.zeros((k, k))  # number of sets of j negative groups with s items in all
-    sets_JS[0, 0] = 1
+    sets = np.zeros((k, k))  # number of sets of j negative groups with s items in all
+    sets[0, 0] = 1
     for size in range(1, k):
-        smaller_JS = sets_JS
-        sets_JS = np.zeros((k, k))
+        smaller_sets = sets
+        sets = np.zeros((k, k))
         for count in range(min((k - 1) // size, int(negatives_K[size])) + 1):
-            shifted = smaller_JS[: k - count, : k - count * size]
-            sets_JS[count:, count * size :] += comb(int(negatives_K[size]), count) * shifted
+            shifted = smaller_sets[: k - count, : k - count * size]
+            sets[count:, count * size :] += comb(int(negatives_K[size]), count) * shifted
 
     probability = 0.0
     for num in range(min(k, num_groups - num_positives + 1)):
-        fraction = float(sets_JS[num].sum()) / comb(num_groups, num)
+        fraction = float(sets[num].sum()) / comb(num_groups, num)
         probability += fraction * num_positives / (num_groups - num)
 
     # A sum of nine ninths is a little more than 1.

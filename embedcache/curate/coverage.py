@@ -145,8 +145,8 @@ class Background:
         certain: (C,) float32, cosine above which an item almost certainly shows the concept.
         possible: (C,) int64, items of the sample that may show the concept.
         floors: (C,) float32, below the k-th best of the sample, and so below that of the pool.
-        strips: (C, R) int64, positions in the sample of items of all ranks, best first.
-        strip_cosines: (C, R) float32, their similarities.
+        strips: (C, M) int64, positions in the sample of items of all ranks, best first.
+        strip_cosines: (C, M) float32, their similarities.
     """
 
     num_items: int
@@ -164,7 +164,7 @@ def estimate_background(concepts_CP: Floats, sample_SP: Floats, k: int) -> Backg
 
     Memory: per core, six times the similarities of 32 concepts, 50 MB for a sample of 65,536.
     """
-    ranks_R = strip_ranks(min(STRIP_SAMPLE, len(sample_SP)))
+    ranks_M = strip_ranks(min(STRIP_SAMPLE, len(sample_SP)))
 
     def compare(block: slice) -> Iterator[Array]:
         sims_BS = concepts_CP[block] @ sample_SP.T
@@ -172,7 +172,7 @@ def estimate_background(concepts_CP: Floats, sample_SP: Floats, k: int) -> Backg
         yield from (scale.medians, scale.spreads, scale.reaches)
         yield (sims_BS > scale.cosines(POSSIBLE)[:, None]).sum(axis=1)
         yield np.partition(sims_BS, -k, axis=1)[:, -k] - np.float32(_ROUNDING)
-        strips = np.argsort(-sims_BS[:, :STRIP_SAMPLE], axis=1, kind="stable")[:, ranks_R]
+        strips = np.argsort(-sims_BS[:, :STRIP_SAMPLE], axis=1, kind="stable")[:, ranks_M]
         yield from (strips, np.take_along_axis(sims_BS, strips, axis=1))
 
     # Blocks run on all cores, so each product uses one thread.
@@ -270,35 +270,35 @@ def settle(
 
     Args:
         prior: count, low and high without answers.
-        strip_scores: (R,) relative scores of items of all ranks.
-        strip_weights: (R,) number of items that each of them stands for.
+        strip_scores: (M,) relative scores of items of all ranks.
+        strip_weights: (M,) number of items that each of them stands for.
         answered_scores: (A,) relative scores of the items that were answered.
         answers: (A,) whether each shows the concept.
     """
     count, low, high = prior
 
     # The count that each cut and width of the curve implies.
-    probabilities_GWR = expit((strip_scores - _CUTS[:, None, None]) / _WIDTHS[:, None])
-    counts_GW = np.maximum(probabilities_GWR @ strip_weights, 0.5)
+    probabilities_HWM = expit((strip_scores - _CUTS[:, None, None]) / _WIDTHS[:, None])
+    counts_HW = np.maximum(probabilities_HWM @ strip_weights, 0.5)
 
     # The change of variables makes the prior one of the count, and not of the cut.
     spread = max(np.log(high / max(low, 0.5)) / 4, _MIN_SPREAD_OF_LOG)
-    density_GW = np.abs(np.gradient(np.log(counts_GW), axis=0)) + 1e-12
-    log_posterior_GW = np.log(density_GW) - 0.5 * ((np.log(counts_GW) - np.log(count)) / spread) ** 2
+    density_HW = np.abs(np.gradient(np.log(counts_HW), axis=0)) + 1e-12
+    log_posterior_HW = np.log(density_HW) - 0.5 * ((np.log(counts_HW) - np.log(count)) / spread) ** 2
 
     signs_A = np.where(np.asarray(answers, bool), 1.0, -1.0)
-    logits_GWA = (answered_scores - _CUTS[:, None, None]) / _WIDTHS[:, None]
-    log_posterior_GW = log_posterior_GW + log_expit(signs_A * logits_GWA).sum(axis=-1)
-    posterior_GW = np.exp(log_posterior_GW - log_posterior_GW.max())
-    posterior_GW /= posterior_GW.sum()
+    logits_HWA = (answered_scores - _CUTS[:, None, None]) / _WIDTHS[:, None]
+    log_posterior_HW = log_posterior_HW + log_expit(signs_A * logits_HWA).sum(axis=-1)
+    posterior_HW = np.exp(log_posterior_HW - log_posterior_HW.max())
+    posterior_HW /= posterior_HW.sum()
 
     # Median and 95% interval of the count; it cannot be below the confirmed items.
-    order = np.argsort(counts_GW, axis=None)
-    cumulated = np.cumsum(posterior_GW.ravel()[order])
+    order = np.argsort(counts_HW, axis=None)
+    cumulated = np.cumsum(posterior_HW.ravel()[order])
     places = np.searchsorted(cumulated, [0.5, 0.025, 0.975]).clip(max=len(order) - 1)
     num_confirmed = float((signs_A > 0).sum())
-    settled, lowest, highest = np.maximum(counts_GW.ravel()[order][places], num_confirmed)
-    cut = posterior_GW.sum(axis=1) @ _CUTS
+    settled, lowest, highest = np.maximum(counts_HW.ravel()[order][places], num_confirmed)
+    cut = posterior_HW.sum(axis=1) @ _CUTS
     return Settled(count=float(settled), low=float(lowest), high=float(highest), cut=float(cut))
 
 
@@ -421,8 +421,8 @@ class CoverageReport:
         scores: (C, k) float32, similarities of the most similar items of the pool, best first.
         rows: (C, k) their rows.
         nearest: (C,) the nearest other concept; -1 if there is none.
-        strip_rows: (C, R) rows of items of all ranks, best first, about which a person can be asked.
-        strip_weights: (R,) number of items of the pool that each of them stands for.
+        strip_rows: (C, M) rows of items of all ranks, best first, about which a person can be asked.
+        strip_weights: (M,) number of items of the pool that each of them stands for.
         answers: name of a concept -> row of an item -> whether it shows the concept, as a person said.
 
     Example:

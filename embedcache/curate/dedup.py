@@ -60,7 +60,7 @@ class DedupLevel:
 class NearDuplicates:
     """Near-duplicates among N items."""
 
-    pairs: Array  # (L,) of dtype `PAIR`, with cosines of at least `limit`
+    pairs: Array  # (A,) of dtype `PAIR`, with cosines of at least `limit`
     limit: float  # above the requested cosine if there were too many pairs, infinite if there still are too many
     highest: Floats  # (N,) each item's largest cosine to another item; -2 if it was compared with none
     num_clusters: int  # 1 if all pairs were compared
@@ -81,7 +81,7 @@ class DedupAnalysis:
     settings: DedupSettings = field(default_factory=DedupSettings)
 
     def removed(self, cosine: float | None) -> Array:
-        """Choose the samples to remove at a cosine, or copies only if it is None: (R,) of dtype `REMOVED`."""
+        """Choose the samples to remove at a cosine, or copies only if it is None: (M,) of dtype `REMOVED`."""
         return choose_removed(self.copies, self.duplicates(cosine), self.order)
 
     def duplicates(self, cosine: float | None) -> Array:
@@ -173,7 +173,7 @@ class DedupReport:
     Args:
         analysis: the compared items.
         cosine: limit, None for copies only.
-        removed: removed samples, (R,) of dtype `REMOVED`.
+        removed: removed samples, (M,) of dtype `REMOVED`.
         path: selection of the samples that stay.
         removed_path: table of the removed samples.
 
@@ -398,7 +398,7 @@ def choose_removed(copies: Copies, pairs: Array, order: Ints) -> Array:
 
     Args:
         copies: the items by content.
-        pairs: (L,) of dtype `PAIR`, of contents that are near.
+        pairs: (A,) of dtype `PAIR`, of contents that are near.
         order: all samples with items, those to keep first.
     """
     # Most samples have no duplicate; only the others are visited one by one.

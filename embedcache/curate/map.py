@@ -165,20 +165,20 @@ def compute_map(index: OpenIndex, settings: MapSettings, *, progress: Progress |
 
     # Clusters and projection are fitted to a sample, so that time and memory hardly grow with the index.
     rows_N = np.sort(rng.permutation(index.rows)[: settings.max_items])
-    fitted_FP = vectors.read(np.sort(rng.permutation(rows_N)[:_MAX_FITTED]))
+    fitted_SP = vectors.read(np.sort(rng.permutation(rows_N)[:_MAX_FITTED]))
     num_clusters = max(1, min(_MAX_CLUSTERS, math.isqrt(len(rows_N)) // 2))
     centroids_CP = find_centroids(
-        fitted_FP, num_clusters, seed=settings.seed, progress=progress, device=settings.device
+        fitted_SP, num_clusters, seed=settings.seed, progress=progress, device=settings.device
     )
 
-    projection = _choose_projection(settings.projection, len(fitted_FP))
+    projection = _choose_projection(settings.projection, len(fitted_SP))
     if projection == "umap":
-        progress.note(f"fitting UMAP to {len(fitted_FP):,} {noun(vectors.modality)}")
-    place = _fit(fitted_FP, projection, seed=settings.seed)
+        progress.note(f"fitting UMAP to {len(fitted_SP):,} {noun(vectors.modality)}")
+    place = _fit(fitted_SP, projection, seed=settings.seed)
 
     # A concept whose scores do not separate items from the background names no cluster.
     if opened is not None:
-        background = estimate_background(opened.vectors, fitted_FP, 1)
+        background = estimate_background(opened.vectors, fitted_SP, 1)
         thresholds_C = np.where(background.scale.separates, background.thresholds, np.inf)
 
     points = []
@@ -320,29 +320,29 @@ def _choose_projection(projection: Literal["umap", "pca"] | None, num_fitted: in
     return "umap" if is_installed("umap") and num_fitted > _NUM_NEIGHBORS else "pca"
 
 
-def _fit(fitted_FP: Floats, projection: Literal["umap", "pca"], *, seed: int) -> Placement:
+def _fit(fitted_SP: Floats, projection: Literal["umap", "pca"], *, seed: int) -> Placement:
     """Fit a projection to a sample. UMAP places an item between its nearest neighbors in the sample."""
-    if len(fitted_FP) < _MIN_POINTS:
+    if len(fitted_SP) < _MIN_POINTS:
         return lambda vectors_BP: np.zeros((len(vectors_BP), 2), np.float32)
     if projection == "pca":
-        return _fit_pca(fitted_FP)
+        return _fit_pca(fitted_SP)
 
-    fitted_F2 = _run_umap(fitted_FP, seed=seed)
+    fitted_S2 = _run_umap(fitted_SP, seed=seed)
 
     def place(vectors_BP: Floats) -> Floats:
-        rows_BK, cosines_BK = knn(vectors_BP, fitted_FP, min(_NUM_ANCHORS, len(fitted_FP)))
+        rows_BK, cosines_BK = knn(vectors_BP, fitted_SP, min(_NUM_ANCHORS, len(fitted_SP)))
         weights_BK = (1e-4 + np.maximum(1 - cosines_BK, 0)) ** -2  # so large that an item of the sample stays in place
         weights_BK /= weights_BK.sum(axis=1, keepdims=True)
-        placed: Floats = np.einsum("bk,bke->be", weights_BK, fitted_F2[rows_BK])
+        placed: Floats = np.einsum("bk,bke->be", weights_BK, fitted_S2[rows_BK])
         return placed
 
     return place
 
 
-def _fit_pca(fitted_FP: Floats) -> Placement:
-    moments = Moments(fitted_FP.shape[1])
-    moments.add(fitted_FP)
-    width = min(2, fitted_FP.shape[1])
+def _fit_pca(fitted_SP: Floats) -> Placement:
+    moments = Moments(fitted_SP.shape[1])
+    moments.add(fitted_SP)
+    width = min(2, fitted_SP.shape[1])
     center_P, components_PE = principal_components(moments, width, whiten=False)
     return lambda vectors_BP: np.pad((vectors_BP - center_P) @ components_PE, ((0, 0), (0, 2 - width)))
 

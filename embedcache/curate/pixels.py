@@ -42,7 +42,7 @@ def hash_image(data: bytes) -> Array:
 def hash_distances(
     images: Thumbnails, rows_C: Ints, left: Ints, right: Ints, scratch: Path | str | None, progress: Progress
 ) -> Array:
-    """Compute the hash distances of pairs of contents, (L,) int16. It is `NO_DISTANCE` if an image cannot be read.
+    """Compute the hash distances of pairs of contents, (A,) int16. It is `NO_DISTANCE` if an image cannot be read.
 
     Each image is read and decoded once, on all cores. A warning says how many could not be read, and why. Scratch
     space: 1,728 bytes per image, in the folder `scratch` or the system's. Memory: 9 bytes per content, 20 per pair and
@@ -51,8 +51,8 @@ def hash_distances(
     Args:
         images: reader of the images.
         rows_C: row of each content.
-        left: (L,) one content of each pair.
-        right: (L,) the other content of each pair.
+        left: (A,) one content of each pair.
+        right: (A,) the other content of each pair.
         scratch: folder of the scratch file. If None, use the system's.
         progress: progress in images.
 

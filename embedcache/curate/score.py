@@ -219,15 +219,15 @@ def _score_samples(
 def _prompt_direction(vectors: Vectors, settings: ScoreSettings) -> Array:
     """Return the mean direction of the prompts less the mean direction of the negative prompts: (P,) float64."""
     prompts = [*settings.prompts, *settings.negative]
-    encoded_TP = _encode_prompts(vectors, prompts, str(torch_device(settings.device))).astype(np.float64)
-    direction_P: Array = normalize(encoded_TP[: len(settings.prompts)].mean(axis=0)).astype(np.float64)
+    encoded_MP = _encode_prompts(vectors, prompts, str(torch_device(settings.device))).astype(np.float64)
+    direction_P: Array = normalize(encoded_MP[: len(settings.prompts)].mean(axis=0)).astype(np.float64)
     if settings.negative:
-        direction_P -= normalize(encoded_TP[len(settings.prompts) :].mean(axis=0))
+        direction_P -= normalize(encoded_MP[len(settings.prompts) :].mean(axis=0))
     return direction_P
 
 
 def _encode_prompts(vectors: Vectors, prompts: list[str], device: str) -> Floats:
-    """Encode prompts into the space of the vectors: (T, P) float32, rows of length 1."""
+    """Encode prompts into the space of the vectors: (M, P) float32, rows of length 1."""
     if vectors.run is None and vectors.modality != "text":
         raise SettingError(f"prompt: expected --run RUN to compare {noun(vectors.modality)} with, got none")
 
@@ -268,17 +268,17 @@ def read_head(path: Path, width: int, *, fold_layers: bool = False) -> LinearHea
         raise DataError(f"{path}: expected one layer, got {len(layers)}; --fold-layers multiplies linear ones")
 
     # Several linear layers without activations are one: (W2 (W1 x + b1) + b2).
-    weights_UP, bias_U = layers[0]
-    for weight_TU, bias_T in layers[1:]:
-        if weight_TU.shape[1] != len(weights_UP):
-            raise DataError(f"{path}: expected a layer of {len(weights_UP)} inputs, got a weight of {weight_TU.shape}")
-        weights_UP = weight_TU @ weights_UP
-        bias_U = weight_TU @ bias_U + bias_T
+    weights, bias = layers[0]
+    for weight, layer_bias in layers[1:]:
+        if weight.shape[1] != len(weights):
+            raise DataError(f"{path}: expected a layer of {len(weights)} inputs, got a weight of {weight.shape}")
+        weights = weight @ weights
+        bias = weight @ bias + layer_bias
 
-    if weights_UP.shape != (1, width):
-        raise DataError(f"{path}: expected {width:,} weights for these vectors, got shape {weights_UP.shape}")
-    check_finite(np.append(weights_UP, bias_U), f"the head {path}")
-    return LinearHead(weights_P=weights_UP[0], bias=float(bias_U[0]))
+    if weights.shape != (1, width):
+        raise DataError(f"{path}: expected {width:,} weights for these vectors, got shape {weights.shape}")
+    check_finite(np.append(weights, bias), f"the head {path}")
+    return LinearHead(weights_P=weights[0], bias=float(bias[0]))
 
 
 def _read_array(path: Path, width: int) -> tuple[Array, Array]:
@@ -305,9 +305,9 @@ def _read_layers(path: Path) -> list[tuple[Array, Array]]:
     layers = []
     names = [name for name in tensors if _LAYER.fullmatch(name)]
     for name in sorted(names, key=lambda name: [int(number) for number in _NUMBERS.findall(name)]):
-        weight_UT = np.atleast_2d(tensors[name])
+        weight = np.atleast_2d(tensors[name])
         bias_name = re.sub(r"weights?$", "bias", name)
-        layers.append((weight_UT, np.atleast_1d(tensors.get(bias_name, np.zeros(len(weight_UT))))))
+        layers.append((weight, np.atleast_1d(tensors.get(bias_name, np.zeros(len(weight))))))
     if not layers or any(weight.ndim != 2 or bias.shape != weight.shape[:1] for weight, bias in layers):
         shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in tensors.items()) or "no tensors"
         raise DataError(f"{path}: expected tensors weight (1, P) and bias (1,), got {shapes}")

@@ -184,8 +184,8 @@ class Prompts:
 
     Args:
         names: class names, in the order of their numbers.
-        rows: (T,) rows of the encoded text items.
-        classes: (T,) class number of each prompt.
+        rows: (M,) rows of the encoded text items.
+        classes: (M,) class number of each prompt.
     """
 
     feature: InputFeature
@@ -251,5 +251,5 @@ def read_prompts(cache: Cache, feature: InputFeature) -> Prompts:
 
 def class_vectors(prompts: Prompts, tower: "AnyTower", *, device: str = "cpu") -> Floats:
     """Project the prompts and average those of each class: normalize, mean, normalize -> (C, P) float32."""
-    projected_TP = project(tower, prompts.feature.read(prompts.rows), device=device)
-    return mean_directions(projected_TP, prompts.classes, len(prompts.names))
+    projected_MP = project(tower, prompts.feature.read(prompts.rows), device=device)
+    return mean_directions(projected_MP, prompts.classes, len(prompts.names))

@@ -153,8 +153,8 @@ def find_near(
             for tile in arranged.tiles_with(others_BP, products):
                 num_found += int((tile.cosines[is_drawn[tile.left]] >= limit).sum())
                 best.add_block(tile.left, tile.right + start, tile.cosines)
-                sims_R = other_sims[tile.right + start]
-                other_sims[tile.right + start] = np.maximum(sims_R, tile.cosines.max(axis=0))
+                sims_C = other_sims[tile.right + start]
+                other_sims[tile.right + start] = np.maximum(sims_C, tile.cosines.max(axis=0))
             start += len(others_BP)
             progress.advance(len(others_BP))
         progress.finish()

@@ -146,7 +146,7 @@ def pair_items(
 
 
 def caption_languages(caches: Sequence[Cache]) -> pa.ChunkedArray:
-    """Return the language of each caption, or null: (T,) strings, counted across caches."""
+    """Return the language of each caption, or null: (N,) strings, counted across caches."""
     chunks = []
     for cache in caches:
         chunks += cache.items("text", columns=["language"])["language"].chunks
@@ -249,7 +249,7 @@ def number_items(items: Items, feature: InputFeature) -> Items:
 
 
 def is_language(caches: Sequence[Cache], language: str) -> Bools:
-    """Return whether each caption is in a language: (T,); UnknownNameError if none is."""
+    """Return whether each caption is in a language: (N,); UnknownNameError if none is."""
     languages = caption_languages(caches)
     mask: Bools = pc.fill_null(pc.equal(languages, language), False).to_numpy()  # noqa: FBT003
     if not mask.any():

@@ -101,19 +101,19 @@ def log_mel(audio_N: Floats, num_mels: int = 80) -> Floats:
         audio_N: at least 201 samples.
     """
     padded = np.pad(audio_N, FFT_SIZE // 2, mode="reflect")
-    frames_TK = np.lib.stride_tricks.sliding_window_view(padded, FFT_SIZE)[: len(audio_N) // HOP * HOP : HOP]
-    window_K = np.hanning(FFT_SIZE + 1)[:-1]
-    filters_MK = _mel_filters(num_mels)
-    scaled_MT: Floats = np.empty((num_mels, len(frames_TK)), np.float32)
+    frames = np.lib.stride_tricks.sliding_window_view(padded, FFT_SIZE)[: len(audio_N) // HOP * HOP : HOP]
+    window = np.hanning(FFT_SIZE + 1)[:-1]
+    filters = _mel_filters(num_mels)
+    scaled_HW: Floats = np.empty((num_mels, len(frames)), np.float32)
 
     # audio_utils.spectrogram computes the same, but frame by frame, which takes 2.4 times as long.
-    for columns in blocks(len(frames_TK), _FRAMES_PER_BLOCK):
-        powers_KT = np.abs(np.fft.rfft(frames_TK[columns] * window_K)).T ** 2
-        log_MT = np.log10(np.maximum(filters_MK @ powers_KT, 1e-10))
-        scaled_MT[:, columns] = (log_MT + 4) / 4
+    for columns in blocks(len(frames), _FRAMES_PER_BLOCK):
+        powers = np.abs(np.fft.rfft(frames[columns] * window)).T ** 2
+        log_HW = np.log10(np.maximum(filters @ powers, 1e-10))
+        scaled_HW[:, columns] = (log_HW + 4) / 4
 
-    np.maximum(scaled_MT, scaled_MT.max() - 2, out=scaled_MT)
-    return scaled_MT
+    np.maximum(scaled_HW, scaled_HW.max() - 2, out=scaled_HW)
+    return scaled_HW
 
 
 @cache
@@ -121,14 +121,14 @@ def _mel_filters(num_mels: int) -> Array:
     """Return triangular filters at equal steps of Slaney's mel scale, of unit area per Hz: (num_mels, 201)."""
     from transformers.audio_utils import mel_filter_bank
 
-    filters_KM: Array = mel_filter_bank(
+    filters: Array = mel_filter_bank(
         FFT_SIZE // 2 + 1, num_mels, 0.0, SAMPLE_RATE_HZ / 2, SAMPLE_RATE_HZ, norm="slaney", mel_scale="slaney"
     )
-    return filters_KM.T
+    return filters.T
 
 
-def _windows(mel_MT: Array) -> list[Array]:
-    return [mel_MT[:, start : start + _WINDOW_FRAMES] for start in range(0, mel_MT.shape[1], _WINDOW_FRAMES)]
+def _windows(mel_HW: Array) -> list[Array]:
+    return [mel_HW[:, start : start + _WINDOW_FRAMES] for start in range(0, mel_HW.shape[1], _WINDOW_FRAMES)]
 
 
 class _WhisperGraph:

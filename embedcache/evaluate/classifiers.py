@@ -147,11 +147,11 @@ class Ridge:
         # The smaller of both Gram matrices is decomposed once, for all shrinkages.
         is_wide = x_MD.shape[0] < x_MD.shape[1]
         self._x_MD = x_MD if is_wide else None
-        rows_RS = x_MD.T if is_wide else x_MD
-        gram_SS = np.zeros((rows_RS.shape[1], rows_RS.shape[1]))
-        for block in blocks(len(rows_RS), _BLOCK):
-            gram_SS += train.products(rows_RS[block].T, rows_RS[block].T)
-        values, self._vectors = np.linalg.eigh(gram_SS)
+        matrix = x_MD.T if is_wide else x_MD
+        gram = np.zeros((matrix.shape[1], matrix.shape[1]))
+        for block in blocks(len(matrix), _BLOCK):
+            gram += train.products(matrix[block].T, matrix[block].T)
+        values, self._vectors = np.linalg.eigh(gram)
         self._values = np.maximum(values, 0)
 
         # The product of the rows with one-hot classes minus their mean.

@@ -422,7 +422,7 @@ class _PreparedFeature(NamedTuple):
 
     modality: str
     name: str
-    items_ID: Floats
+    items_ND: Floats
     rows_SD: Floats
     neighbors_SK: Ints
     own: Doubles
@@ -434,13 +434,13 @@ def _prepare(feature: InputFeature, items: Items, sample: _Sample, k: int, produ
         inputs = feature.read(items.rows[block])
         check_finite(inputs.values, f"the {feature.modality} feature {feature.name}", rows=items.rows[block])
         parts.append(to_unit_vectors(inputs))
-    unit_ID = np.concatenate(parts)
+    unit_ND = np.concatenate(parts)
 
     # A sample is the mean of its items, so that several captions count as one row.
-    row_I = np.searchsorted(sample.samples, items.samples)
-    rows_SD = np.zeros((len(sample.samples), unit_ID.shape[1]), np.float32)
-    np.add.at(rows_SD, row_I, unit_ID)
-    rows_SD /= np.bincount(row_I)[:, None].astype(np.float32)
+    row_N = np.searchsorted(sample.samples, items.samples)
+    rows_SD = np.zeros((len(sample.samples), unit_ND.shape[1]), np.float32)
+    np.add.at(rows_SD, row_N, unit_ND)
+    rows_SD /= np.bincount(row_N)[:, None].astype(np.float32)
 
     try:
         blocked = CenteredRows(rows_SD, sample.blocks)
@@ -448,14 +448,14 @@ def _prepare(feature: InputFeature, items: Items, sample: _Sample, k: int, produ
         raise DataError(f"{feature.modality} feature {feature.name}: {error}") from error
     neighbors_SK = nearest_others(rows_SD, k, products=products)
     products_with_itself = kernel_products(blocked, blocked)
-    return _PreparedFeature(feature.modality, feature.name, unit_ID, rows_SD, neighbors_SK, products_with_itself)
+    return _PreparedFeature(feature.modality, feature.name, unit_ND, rows_SD, neighbors_SK, products_with_itself)
 
 
 def _measure(sample: _Sample, first: _PreparedFeature, second: _PreparedFeature, products: Products) -> PairMetrics:
     x = CenteredRows(first.rows_SD, sample.blocks)
     y = CenteredRows(second.rows_SD, sample.blocks)
     overlap_S = neighbor_overlap(first.neighbors_SK, second.neighbors_SK)
-    recalls = _probe(sample, first.items_ID, second.items_ID, products)
+    recalls = _probe(sample, first.items_ND, second.items_ND, products)
     return PairMetrics(
         features={first.modality: first.name, second.modality: second.name},
         recalls=dict(zip(directions((first.modality, second.modality)), recalls, strict=True)),
@@ -464,7 +464,7 @@ def _measure(sample: _Sample, first: _PreparedFeature, second: _PreparedFeature,
     )
 
 
-def _probe(sample: _Sample, first_ID: Floats, second_TE: Floats, products: Products) -> list[Estimate]:
+def _probe(sample: _Sample, first_QD: Floats, second_CE: Floats, products: Products) -> list[Estimate]:
     """Fit CCA on all pairs of the training part, as training does, and rank the validation items both ways."""
     first_positions, second_positions = sample.positions(sample.train)
     first_items, second_items = sample.train.all_pairs()
@@ -472,14 +472,14 @@ def _probe(sample: _Sample, first_ID: Floats, second_TE: Floats, products: Produ
     second_M = second_positions[second_items]
 
     # CCA needs only second moments, which are summed block by block.
-    moments = Moments(first_ID.shape[1], second_TE.shape[1])
+    moments = Moments(first_QD.shape[1], second_CE.shape[1])
     for block in blocks(len(first_M), 8 * _BLOCK):
-        moments.add(first_ID[first_M[block]], second_TE[second_M[block]])
+        moments.add(first_QD[first_M[block]], second_CE[second_M[block]])
     first_DP, second_EP = solve("cca", moments, _SHARED_WIDTH, shrinkage=_SHRINKAGE)
 
     val_first, val_second = sample.positions(sample.val)
-    first_NP = normalize((first_ID[val_first] - moments.first_mean) @ first_DP)
-    second_NP = normalize((second_TE[val_second] - moments.second_mean) @ second_EP)
+    first_NP = normalize((first_QD[val_first] - moments.first_mean) @ first_DP)
+    second_NP = normalize((second_CE[val_second] - moments.second_mean) @ second_EP)
 
     recalls = []
     sides = ((first_NP, second_NP), (second_NP, first_NP))

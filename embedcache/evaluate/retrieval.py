@@ -64,10 +64,10 @@ class Ranking:
         part: description of the part.
         groups: (S,) int64 number of the near-duplicate group of each sample of the cache.
         modalities: modality of the first and the second items of the pairs.
-        first: (I, P) float32 rows of length 1, in the order of `pairs.first`.
-        second: (T, P) float32 rows of length 1, in the order of `pairs.second`.
+        first: (Q, P) float32 rows of length 1, in the order of `pairs.first`.
+        second: (C, P) float32 rows of length 1, in the order of `pairs.second`.
         positives: two (M,) arrays: first item i and second item j of each positive pair.
-        ranks: direction, such as `i2t` and `t2i`, -> rank of the best positive among all candidates, (I,) or (T,). The
+        ranks: direction, such as `i2t` and `t2i`, -> rank of the best positive among all candidates, (Q,) or (C,). The
             top has rank 1.
         average_precisions: direction -> average precision of each query.
         by_width: smaller width -> `ranks` by that many first components of `first` and `second`, of length 1 again.
@@ -474,9 +474,9 @@ def rank(
     # The first components of a vector are scaled to length 1 again, so that products are cosines.
     by_width = {}
     for width in widths:
-        first_NW = normalize(first_NP[:, :width])
-        second_NW = normalize(second_NP[:, :width])
-        counts = _count_before(run, f"ranking by width {width}", first_NW, second_NW, positives, progress)
+        narrow_first_NP = normalize(first_NP[:, :width])
+        narrow_second_NP = normalize(second_NP[:, :width])
+        counts = _count_before(run, f"ranking by width {width}", narrow_first_NP, narrow_second_NP, positives, progress)
         by_width[width] = {direction: first_ranks(*count) for direction, count in counts.items()}
 
     items = {first_modality: first_items, second_modality: second_items}

@@ -282,7 +282,7 @@ class ClassNames:
         self._lengths = sorted(set(map(len, self._names)))
 
     def are_in(self, texts: Iterable[str]) -> Bools:
-        """Return whether each text contains a name as whole words, in any case, singular or plural: (T,) bool."""
+        """Return whether each text contains a name as whole words, in any case, singular or plural: (N,) bool."""
         return np.array(list(map(self._is_in, map(_words, texts))), bool)
 
     def _is_in(self, words: tuple[str, ...]) -> bool:

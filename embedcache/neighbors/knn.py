@@ -61,37 +61,37 @@ class KBest:
         rows_U, place_M = np.unique(rows_M[candidates], return_inverse=True)
         self._merge(rows_U, place_M, numbers_M[candidates].astype(np.int64), scores_M[candidates])
 
-    def add_block(self, rows_B: Ints, numbers_R: Ints, scores_BR: Floats) -> None:
+    def add_block(self, rows_B: Ints, numbers_C: Ints, scores_BC: Floats) -> None:
         """Add R candidates of each of B different rows."""
-        changed = np.flatnonzero(scores_BR.max(axis=1, initial=-np.inf) >= self.scores[rows_B, -1])
+        changed = np.flatnonzero(scores_BC.max(axis=1, initial=-np.inf) >= self.scores[rows_B, -1])
         rows_U = rows_B[changed]
-        scores_UR = np.ascontiguousarray(scores_BR[changed])
+        scores_UC = np.ascontiguousarray(scores_BC[changed])
         if self._columns is not None:
-            self._leave_out_listed(self._columns, rows_U, numbers_R, scores_UR)
+            self._leave_out_listed(self._columns, rows_U, numbers_C, scores_UC)
 
         # Flat positions are cheaper to find than rows and columns.
-        flat = np.flatnonzero(self._is_candidate(rows_U, scores_UR))
-        place_M = flat // len(numbers_R)
-        column_M = flat - place_M * len(numbers_R)
-        self._merge(rows_U, place_M, numbers_R[column_M], scores_UR.ravel()[flat])
+        flat = np.flatnonzero(self._is_candidate(rows_U, scores_UC))
+        place_M = flat // len(numbers_C)
+        column_M = flat - place_M * len(numbers_C)
+        self._merge(rows_U, place_M, numbers_C[column_M], scores_UC.ravel()[flat])
 
-    def _leave_out_listed(self, columns: Array, rows_U: Ints, numbers_R: Ints, scores_UR: Floats) -> None:
+    def _leave_out_listed(self, columns: Array, rows_U: Ints, numbers_C: Ints, scores_UC: Floats) -> None:
         """Set the scores of candidates that are already listed to -inf."""
-        columns[numbers_R] = np.arange(len(numbers_R))
+        columns[numbers_C] = np.arange(len(numbers_C))
         columns_UK = columns[self.numbers[rows_U]]
-        columns[numbers_R] = -1
+        columns[numbers_C] = -1
         row, listed = np.nonzero(columns_UK >= 0)
-        scores_UR[row, columns_UK[row, listed]] = -np.inf
+        scores_UC[row, columns_UK[row, listed]] = -np.inf
 
-    def _is_candidate(self, rows_U: Ints, scores_UR: Floats) -> Bools:
+    def _is_candidate(self, rows_U: Ints, scores_UC: Floats) -> Bools:
         """Return whether each candidate may be among the K best. If a row has many, only its best K may be."""
         k = self.scores.shape[1]
-        is_candidate_UR: Bools = scores_UR >= self.scores[rows_U, -1:]
-        many = np.flatnonzero(np.count_nonzero(is_candidate_UR, axis=1) > _FEW * k)
+        is_candidate_UC: Bools = scores_UC >= self.scores[rows_U, -1:]
+        many = np.flatnonzero(np.count_nonzero(is_candidate_UC, axis=1) > _FEW * k)
         if len(many):
-            lowest_M = scores_UR[many].max(axis=1) if k == 1 else np.partition(scores_UR[many], -k, axis=1)[:, -k]
-            is_candidate_UR[many] = scores_UR[many] >= lowest_M[:, None]
-        return is_candidate_UR
+            lowest_M = scores_UC[many].max(axis=1) if k == 1 else np.partition(scores_UC[many], -k, axis=1)[:, -k]
+            is_candidate_UC[many] = scores_UC[many] >= lowest_M[:, None]
+        return is_candidate_UC
 
     def _merge(self, rows_U: Ints, place_M: Ints, numbers_M: Ints, scores_M: Floats) -> None:
         """Sort candidates into the lists of some rows. `place_M` is the place of each one's row, ascending.
@@ -149,16 +149,16 @@ def knn(
     for block_CP in _divide(candidates) if k else ():
         numbers = np.arange(start, start + len(block_CP))
         for tile in blocks(len(queries_QP), _TILE):
-            sims_TC = products(queries_QP[tile], block_CP)
+            sims_BC = products(queries_QP[tile], block_CP)
 
             # A candidate of similarity -inf is never a neighbor.
             if own is not None:
                 here = np.flatnonzero((own[tile] >= start) & (own[tile] < start + len(block_CP)))
-                sims_TC[here, own[tile][here] - start] = -np.inf
+                sims_BC[here, own[tile][here] - start] = -np.inf
             if groups is not None:
-                sims_TC[groups[0][tile, None] == groups[1][numbers]] = -np.inf
+                sims_BC[groups[0][tile, None] == groups[1][numbers]] = -np.inf
 
-            best.add_block(np.arange(tile.start, tile.stop), numbers, sims_TC)
+            best.add_block(np.arange(tile.start, tile.stop), numbers, sims_BC)
         start += len(block_CP)
     return best.numbers.astype(np.int64), best.scores
 

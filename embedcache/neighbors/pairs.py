@@ -192,8 +192,8 @@ class CosineTile:
     """Cosine similarities of some items to others, both unique."""
 
     left: Ints  # (B,) numbers of items
-    right: Ints  # (R,) numbers of items
-    cosines: Floats  # (B, R), which the receiver may change
+    right: Ints  # (C,) numbers of items
+    cosines: Floats  # (B, C), which the receiver may change
     is_diagonal: bool = False  # whether both are the same items; otherwise they have none in common
 
 
@@ -392,8 +392,8 @@ class PairCollector:
         highest_B = tile.cosines.max(axis=1, initial=NOT_COMPARED)
         self.highest[tile.left] = np.maximum(self.highest[tile.left], highest_B)
         if not tile.is_diagonal:
-            highest_R = tile.cosines.max(axis=0, initial=NOT_COMPARED)
-            self.highest[tile.right] = np.maximum(self.highest[tile.right], highest_R)
+            highest_C = tile.cosines.max(axis=0, initial=NOT_COMPARED)
+            self.highest[tile.right] = np.maximum(self.highest[tile.right], highest_C)
 
         # Most rows have no near pair, so only the others are searched.
         rows = np.flatnonzero(highest_B >= cosine_limit(self.limit))
@@ -418,11 +418,11 @@ class PairCollector:
             self._cosines = [cosines[mask] for cosines, mask in zip(self._cosines, masks, strict=True)]
 
     def pairs(self) -> tuple[Ints, Ints, Floats]:
-        """Return all pairs once, sorted by both items: the lower items, the higher items and the cosines, (L,) each."""
+        """Return all pairs once, sorted by both items: the lower items, the higher items and the cosines, (A,) each."""
         keys, first = np.unique(np.concatenate([np.empty(0, np.int64), *self._keys]), return_index=True)
         cosines = np.concatenate([np.empty(0, np.float32), *self._cosines])[first]
-        lower_L, upper_L = np.divmod(keys, len(self.highest))
-        return lower_L, upper_L, cosines
+        lower_A, upper_A = np.divmod(keys, len(self.highest))
+        return lower_A, upper_A, cosines
 
 
 def pair_keys(left: Ints, right: Ints, num_items: int) -> Ints:

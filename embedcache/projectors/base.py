@@ -447,20 +447,20 @@ def _thin_canonical(
     first_ND: Matrix, second_NE: Matrix, width: int, *, shrinkage: float, power: float
 ) -> tuple[Matrix, Matrix]:
     """Solve as `_canonical` in the spaces of the rows, at most N wide, outside of which the solution is zero."""
-    first_NR, whiten_DR = _whiten_rows(first_ND, shrinkage)
-    second_NR, whiten_ER = _whiten_rows(second_NE, shrinkage)
+    first_NK, whiten_DK = _whiten_rows(first_ND, shrinkage)
+    second_NK, whiten_EK = _whiten_rows(second_NE, shrinkage)
 
-    left, correlation, right = scipy.linalg.svd(first_NR.T @ second_NR / len(first_ND), full_matrices=False)
+    left, correlation, right = scipy.linalg.svd(first_NK.T @ second_NK / len(first_ND), full_matrices=False)
     rank = min(width, len(correlation))
     weights = correlation[:rank] ** power
     return (
-        _pad(whiten_DR @ left[:, :rank] * weights, width),
-        _pad(whiten_ER @ right[:rank].T * weights, width),
+        _pad(whiten_DK @ left[:, :rank] * weights, width),
+        _pad(whiten_EK @ right[:rank].T * weights, width),
     )
 
 
 def _whiten_rows(rows_ND: Matrix, shrinkage: float) -> tuple[Matrix, Matrix]:
-    """Return the whitened rows in the basis of their space, (N, R), and the map of any vector to them, (D, R)."""
+    """Return the whitened rows in the basis of their space, (N, K), and the map of any vector to them, (D, K)."""
     left, lengths, axes = scipy.linalg.svd(rows_ND, full_matrices=False)
     variances = lengths**2 / len(rows_ND)
     # The mean eigenvalue is over all D directions, although most have none.

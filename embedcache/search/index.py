@@ -143,8 +143,8 @@ class QuerySet:
 
     vectors: Floats  # (Q, P) rows of length 1
     own: Ints | None  # (Q,) the row that each query itself is, which is no neighbor; None: of another modality
-    scores: Floats  # (Q, T)
-    rows: Ints  # (Q, T)
+    scores: Floats  # (Q, M)
+    rows: Ints  # (Q, M)
 
     @property
     def k(self) -> int:
@@ -166,8 +166,8 @@ class QuerySet:
     def recall(self, found_QK: Ints, k: int) -> float:
         """Return the fraction of the first k results that score no less than the true k-th; ties count as found."""
         is_near = self.scores >= self.scores[:, k - 1 : k] - _ROUNDING
-        near_QT = np.where(is_near, self.rows, -2)
-        hits = (found_QK[:, :k, None] == near_QT[:, None, :]).any(axis=2)
+        near_QM = np.where(is_near, self.rows, -2)
+        hits = (found_QK[:, :k, None] == near_QM[:, None, :]).any(axis=2)
         return float(hits.mean())
 
 

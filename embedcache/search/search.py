@@ -507,8 +507,8 @@ class OpenIndex:
 
     def _rank_words(self, text: str, depth: int, condition: Filter, subset: "_Subset") -> tuple[Floats, Ints]:
         """Return the BM25 scores, best first, of the items of the first ranks, ties included, and their rows."""
-        scores_T = self.load_words().scores(text)
-        scores_N = self.filters.best_captions(scores_T, condition.language)
+        scores_C = self.load_words().scores(text)
+        scores_N = self.filters.best_captions(scores_C, condition.language)
 
         rows = self._index.rows
         rows = rows[scores_N[rows] > 0]
@@ -628,22 +628,22 @@ class CacheFilters:
         counts = np.bincount(column.codes[self._samples[rows]] + 1, minlength=len(column.names) + 1)[1:]
         return dict(sorted(zip(column.names, counts.tolist(), strict=True)))
 
-    def best_captions(self, scores_T: Floats, languages: Sequence[str]) -> Floats:
+    def best_captions(self, scores_C: Floats, languages: Sequence[str]) -> Floats:
         """Return the best score of the captions of each item, in some languages (empty: all): (N,)."""
         if languages:
-            scores_T = np.where(self._has_value("language", languages), scores_T, 0)
+            scores_C = np.where(self._has_value("language", languages), scores_C, 0)
         if self._modality == "text":
-            return scores_T
+            return scores_C
 
-        captions = np.flatnonzero(scores_T)
+        captions = np.flatnonzero(scores_C)
         scores_S = np.zeros(self._cache.info.num_samples, np.float32)
-        np.maximum.at(scores_S, self._caption_samples[captions], scores_T[captions])
+        np.maximum.at(scores_S, self._caption_samples[captions], scores_C[captions])
         return scores_S[self._samples]
 
     @cached_property
     def _caption_samples(self) -> Ints:
-        samples_T: Ints = self._cache.items("text", columns=["sample"])["sample"].to_numpy()
-        return samples_T
+        samples_C: Ints = self._cache.items("text", columns=["sample"])["sample"].to_numpy()
+        return samples_C
 
     @cached_property
     def _samples(self) -> Ints:
@@ -660,11 +660,11 @@ class CacheFilters:
 
     def _has_language(self, languages: Sequence[str]) -> Bools:
         """Return whether each item, or a caption of its sample, is in one of the languages: (N,)."""
-        is_in_language_T = self._has_value("language", languages)
+        is_in_language_C = self._has_value("language", languages)
         if self._modality == "text":
-            return is_in_language_T
+            return is_in_language_C
         is_in_language_S = np.zeros(self._cache.info.num_samples, bool)
-        is_in_language_S[self._caption_samples[is_in_language_T]] = True
+        is_in_language_S[self._caption_samples[is_in_language_C]] = True
         return is_in_language_S[self._samples]
 
     def _read_column(self, name: str) -> "_Column":

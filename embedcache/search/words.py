@@ -50,24 +50,24 @@ class Words:
         self._captions: Array = captions.values.to_numpy()
         self._counts: Array = table["counts"].combine_chunks().values.to_numpy()
 
-        lengths_T = np.bincount(self._captions, weights=self._counts, minlength=num_captions)
-        relative_T = lengths_T / max(lengths_T.mean() if num_captions else 0.0, 1.0)
-        self._norms_T: Floats = (_K1 * (1 - _B + _B * relative_T)).astype(np.float32)
+        lengths_C = np.bincount(self._captions, weights=self._counts, minlength=num_captions)
+        relative_C = lengths_C / max(lengths_C.mean() if num_captions else 0.0, 1.0)
+        self._norms_C: Floats = (_K1 * (1 - _B + _B * relative_C)).astype(np.float32)
 
     def scores(self, query: str) -> Floats:
-        """Return the BM25 score of each caption for the words of a query, 0 if it has none of them: (T,) float32.
+        """Return the BM25 score of each caption for the words of a query, 0 if it has none of them: (C,) float32.
 
         Each word counts once. Upper and lower case and accents make no difference, and nothing else of a query is
         interpreted.
         """
-        scores_T = np.zeros(self.num_captions, np.float32)
+        scores_C = np.zeros(self.num_captions, np.float32)
         words = pc.list_flatten(_split(pa.array([query], pa.large_string())))
         for word in np.flatnonzero(pc.is_in(self._words, value_set=words)):
             entries = slice(self._starts[word], self._starts[word + 1])
             captions, counts = self._captions[entries], self._counts[entries].astype(np.float32)
             rarity = math.log1p((self.num_captions - len(captions) + 0.5) / (len(captions) + 0.5))
-            scores_T[captions] += rarity * (_K1 + 1) * counts / (counts + self._norms_T[captions])
-        return scores_T
+            scores_C[captions] += rarity * (_K1 + 1) * counts / (counts + self._norms_C[captions])
+        return scores_C
 
 
 def open_words(folder: Path, cache: Cache, progress: Progress | None = None) -> Words:

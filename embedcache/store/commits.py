@@ -250,8 +250,8 @@ class _Record(Manifest):
 def write_commit(encoder_folder: Path, commit: Commit) -> None:
     """Commit a chunk. Its arrays must be on disk already."""
     without_hash = is_none(commit.hashes)
-    hashes_R16 = np.array(to_bytes(to_array(commit.hashes, HASH)))
-    hashes_R16[without_hash] = 0
+    hashes_N16 = np.array(to_bytes(to_array(commit.hashes, HASH)))
+    hashes_N16[without_hash] = 0
 
     record = _Record(
         chunk=commit.chunk,
@@ -261,7 +261,7 @@ def write_commit(encoder_folder: Path, commit: Commit) -> None:
         features=commit.features,
         attributes=commit.attributes,
         failures={name: _reasons_by_row(commit.failures[name]) for name in commit.features},
-        hashes=base64.b64encode(hashes_R16.tobytes()).decode(),
+        hashes=base64.b64encode(hashes_N16.tobytes()).decode(),
         without_hash=np.flatnonzero(without_hash).tolist(),
     )
     write_atomic(commit_path(encoder_folder, commit.chunk), canonical_json(add_digest(record.to_json())))

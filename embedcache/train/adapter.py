@@ -252,15 +252,15 @@ def _choose_map(
             raise DataError(f"{vectors.feature.name}: expected vectors of different directions, got one in all rows")
 
     val_rows = val_rows[:: -(-len(val_rows) // _MAX_VALIDATION)]
-    new_VD, old_VE = new.read(val_rows), old.read(val_rows)
+    new_ND, old_NE = new.read(val_rows), old.read(val_rows)
     maps = []
     for form, shrinkage in _FORMS:
         left_DE, right_EE = solve(form, moments, old.width, shrinkage=shrinkage)
         weights_DE = left_DE @ right_EE.T
         variance = max(np.trace(weights_DE.T @ covariances.first @ weights_DE), np.finfo(np.float64).tiny)
         weights_DE *= np.sqrt(np.trace(covariances.second) / variance)
-        mapped_VE = normalize((new_VD - moments.first_mean) @ weights_DE + moments.second_mean).astype(np.float32)
-        score = _score_neighbors(mapped_VE, new_VD, old_VE) if old.run is None else _score_own(mapped_VE, old_VE)
+        mapped_NE = normalize((new_ND - moments.first_mean) @ weights_DE + moments.second_mean).astype(np.float32)
+        score = _score_neighbors(mapped_NE, new_ND, old_NE) if old.run is None else _score_own(mapped_NE, old_NE)
         maps.append(_Map(f"{form}, shrinkage {shrinkage}", score, weights_DE, moments.first_mean, moments.second_mean))
 
     # Of forms that are about equal, the first is the most constrained.
@@ -278,18 +278,18 @@ class _Map(NamedTuple):
     bias: Matrix  # (E,)
 
 
-def _score_neighbors(mapped_VE: Floats, new_VD: Floats, old_VE: Floats) -> float:
+def _score_neighbors(mapped_NE: Floats, new_ND: Floats, old_NE: Floats) -> float:
     """Return the fraction of each item's neighbors by the new feature that its mapped vector finds among old ones."""
-    own = np.arange(len(new_VD))
+    own = np.arange(len(new_ND))
     k = min(_K, len(own) - 1)
-    expected = nearest_others(new_VD, k)
-    return float(neighbor_overlap(knn(mapped_VE, old_VE, k, own=own)[0], expected).mean())
+    expected = nearest_others(new_ND, k)
+    return float(neighbor_overlap(knn(mapped_NE, old_NE, k, own=own)[0], expected).mean())
 
 
-def _score_own(mapped_VE: Floats, old_VE: Floats) -> float:
+def _score_own(mapped_NE: Floats, old_NE: Floats) -> float:
     """Return the mean of R@1, R@5 and R@10 of each item's own old vector."""
-    own = np.arange(len(old_VE))
-    ranks = best_ranks(mapped_VE, old_VE, (own, own))
+    own = np.arange(len(old_NE))
+    ranks = best_ranks(mapped_NE, old_NE, (own, own))
     return fmean(recall_at(ranks, k) for k in (1, 5, 10))
 
 

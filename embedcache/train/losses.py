@@ -64,8 +64,8 @@ class Positives:
     """The pairs of a batch that belong together, because they are of one sample or have equal content.
 
     Args:
-        first: (E,) int64 positions of items of the pair's first modality, such as images, ascending.
-        second: (E,) int64 positions of items of the second modality, such as texts. Each pair is listed once.
+        first: (A,) int64 positions of items of the pair's first modality, such as images, ascending.
+        second: (A,) int64 positions of items of the second modality, such as texts. Each pair is listed once.
         excluded: two (A,) arrays with the positions of the first and second items of pairs that are neither positives
             nor negatives, such as near-duplicates. The first ones are ascending. If None, every other pair is negative.
 
@@ -97,8 +97,8 @@ class Loss(Protocol):
         >>> from torch import nn
         >>> class Pull(nn.Module):  # without negatives, so it is only a part of a loss
         ...     def forward(self, first_BP, second_MP, scale, positives):
-        ...         cosines_E = (first_BP[positives.first] * second_MP[positives.second]).sum(dim=1)
-        ...         return (1 - cosines_E).mean()
+        ...         cosines_A = (first_BP[positives.first] * second_MP[positives.second]).sum(dim=1)
+        ...         return (1 - cosines_A).mean()
         >>> pairs = torch.arange(2)
         >>> Pull()(torch.eye(2), torch.eye(2), torch.tensor(20.0), Positives(first=pairs, second=pairs)).item()
         0.0
@@ -199,19 +199,19 @@ class MultiPositive(nn.Module):
 
     def forward(self, first_BP: Tensor, second_MP: Tensor, scale: Tensor, positives: Positives) -> Tensor:
         rows_B, columns_M = _log_sum_exp(first_BP, second_MP, scale, positives.excluded)
-        logits_E = _logits_of(first_BP, second_MP, scale, (positives.first, positives.second))
+        logits_A = _logits_of(first_BP, second_MP, scale, (positives.first, positives.second))
 
-        first_weights_E = _weights(positives.first, logits_E.dtype)
-        first_loss = rows_B.mean() - (first_weights_E * logits_E).sum() / len(first_BP)
+        first_weights_A = _weights(positives.first, logits_A.dtype)
+        first_loss = rows_B.mean() - (first_weights_A * logits_A).sum() / len(first_BP)
 
-        second_weights_E = _weights(positives.second, logits_E.dtype)
-        second_loss = columns_M.mean() - (second_weights_E * logits_E).sum() / len(second_MP)
+        second_weights_A = _weights(positives.second, logits_A.dtype)
+        second_loss = columns_M.mean() - (second_weights_A * logits_A).sum() / len(second_MP)
         return (first_loss + second_loss) / 2
 
 
-def _weights(positions_E: Tensor, dtype: torch.dtype) -> Tensor:
+def _weights(positions_A: Tensor, dtype: torch.dtype) -> Tensor:
     """Return 1 / (number of positives) of the item of each pair."""
-    return torch.bincount(positions_E)[positions_E].to(dtype).reciprocal()
+    return torch.bincount(positions_A)[positions_A].to(dtype).reciprocal()
 
 
 class SigLip(nn.Module):
@@ -251,10 +251,10 @@ class SigLip(nn.Module):
 
     def _sum(self, first_BP: Tensor, second_MP: Tensor, scale: Tensor, positives: Positives) -> Tensor:
         bias = self.bias.to(first_BP.dtype)
-        logits_E = _logits_of(first_BP, second_MP, scale, (positives.first, positives.second))
+        logits_A = _logits_of(first_BP, second_MP, scale, (positives.first, positives.second))
 
         # As log sigmoid(x) = x - softplus(x) and log sigmoid(-x) = -softplus(x), all pairs count as negatives first.
-        total = _softplus_sum(first_BP, second_MP, scale, bias) - (logits_E + bias).sum()
+        total = _softplus_sum(first_BP, second_MP, scale, bias) - (logits_A + bias).sum()
         if positives.excluded is None:
             return total
 
@@ -286,10 +286,10 @@ class Sail(SigLip):
 
 
 def _logits_of(left_BP: Tensor, right_MP: Tensor, scale: Tensor, pairs: tuple[Tensor, Tensor]) -> Tensor:
-    """Compute the (E,) logits of pairs, given as (E,) rows and (E,) columns."""
-    rows_E, columns_E = pairs
+    """Compute the (A,) logits of pairs, given as (A,) rows and (A,) columns."""
+    rows_A, columns_A = pairs
     # The backward pass of `index_select` sums in the order of the pairs, and the one of indexing in any order.
-    return scale * (left_BP.index_select(0, rows_E) * right_MP.index_select(0, columns_E)).sum(dim=1)
+    return scale * (left_BP.index_select(0, rows_A) * right_MP.index_select(0, columns_A)).sum(dim=1)
 
 
 def _log_sum_exp(
@@ -297,20 +297,20 @@ def _log_sum_exp(
 ) -> tuple[Tensor, Tensor]:
     """Compute log Σ exp of the logits scale · left · right', over each row and over each column: (B,) and (M,).
 
-    `masked` are (E,) rows, ascending, and (E,) columns of logits that are left out; each row and column keeps one.
+    `masked` are (A,) rows, ascending, and (A,) columns of logits that are left out; each row and column keeps one.
     """
     is_safe = _is_safe(scale)
 
-    def sum_tile(left_TP: Tensor, right_MP: Tensor, scale: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        logits_TM = _products(left_TP * scale, right_MP)
+    def sum_tile(left_BP: Tensor, right_MP: Tensor, scale: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        logits_BM = _products(left_BP * scale, right_MP)
         if masked is not None and len(masked[0]):
-            _mask(logits_TM, *masked, start)
+            _mask(logits_BM, *masked, start)
         if not is_safe:
-            return logits_TM.logsumexp(dim=1), logits_TM.logsumexp(dim=0)
+            return logits_BM.logsumexp(dim=1), logits_BM.logsumexp(dim=0)
 
         # The powers replace the logits, so there is no second matrix.
-        powers_TM = logits_TM.exp_()
-        return powers_TM.sum(dim=1), powers_TM.sum(dim=0)
+        powers_BM = logits_BM.exp_()
+        return powers_BM.sum(dim=1), powers_BM.sum(dim=0)
 
     def sum_process(left_BP: Tensor, right_MP: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         empty = 0.0 if is_safe else -math.inf
@@ -330,11 +330,11 @@ def _log_sum_exp(
 def _softplus_sum(left_BP: Tensor, right_MP: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     """Compute Σ log(1 + exp(logit + bias)) over all pairs, a scalar."""
 
-    def sum_tile(left_TP: Tensor, right_MP: Tensor, scale: Tensor, bias: Tensor, start: int) -> Tensor:
+    def sum_tile(left_BP: Tensor, right_MP: Tensor, scale: Tensor, bias: Tensor, start: int) -> Tensor:
         del start
-        logits_TM = _products(left_TP * scale, right_MP) + bias
+        logits_BM = _products(left_BP * scale, right_MP) + bias
         # Beyond the threshold softplus is linear, which is exact in float64 from 40 on, but not from the default 20 on.
-        return softplus(logits_TM, threshold=40.0).sum()
+        return softplus(logits_BM, threshold=40.0).sum()
 
     def sum_process(left_BP: Tensor, right_MP: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor]:
         total = left_BP.new_zeros(())
@@ -364,16 +364,16 @@ def _tiles(
         yield rows, function(*arguments) if fits else checkpoint(function, *arguments, use_reentrant=False)
 
 
-def _products(left_TP: Tensor, right_MP: Tensor) -> Tensor:
-    """Compute products in the dtype of autocast, if it is enabled: (T, M) in the dtype of the rows."""
-    return (left_TP @ right_MP.T).to(left_TP.dtype)
+def _products(left_BP: Tensor, right_MP: Tensor) -> Tensor:
+    """Compute products in the dtype of autocast, if it is enabled: (B, M) in the dtype of the rows."""
+    return (left_BP @ right_MP.T).to(left_BP.dtype)
 
 
-def _mask(logits_TM: Tensor, rows: Tensor, columns: Tensor, start: int) -> None:
+def _mask(logits_BM: Tensor, rows: Tensor, columns: Tensor, start: int) -> None:
     """Leave logits of a tile out, given ascending rows and their columns in the whole matrix."""
-    edges = torch.tensor([start, start + len(logits_TM)], device=rows.device)
+    edges = torch.tensor([start, start + len(logits_BM)], device=rows.device)
     part = slice(*torch.searchsorted(rows, edges).tolist())
-    logits_TM[rows[part] - start, columns[part]] = _LEFT_OUT
+    logits_BM[rows[part] - start, columns[part]] = _LEFT_OUT
 
 
 def _is_safe(scale: Tensor) -> bool:

@@ -170,26 +170,26 @@ def image_based(
     centroids_CP = find_centroids(training_MP, num_clusters, seed=seed, progress=pool.progress, device=device)
 
     target_blocks = target.blocks("assigning the target to clusters", pool.progress)
-    target_T = np.concatenate([_nearest_centroids(vectors_BP, centroids_CP) for _, vectors_BP in target_blocks])
+    target_N = np.concatenate([_nearest_centroids(vectors_BP, centroids_CP) for _, vectors_BP in target_blocks])
 
     item_samples = []
     item_clusters = []
     for samples_B, vectors_BP in pool.blocks("assigning to clusters"):
         item_samples.append(samples_B)
         item_clusters.append(_nearest_centroids(vectors_BP, centroids_CP))
-    selected_S, cluster_S = find_near_target(np.concatenate(item_samples), np.concatenate(item_clusters), target_T)
+    selected_S, cluster_S = find_near_target(np.concatenate(item_samples), np.concatenate(item_clusters), target_N)
 
     if budget is not None:
         if budget > len(selected_S):
             raise DataError(
                 f"budget: expected at most the {len(selected_S):,} of {len(pool.samples):,} samples in the "
-                f"target's {len(set(target_T)):,} clusters, got {budget:,}; lower it, or give fewer clusters"
+                f"target's {len(set(target_N)):,} clusters, got {budget:,}; lower it, or give fewer clusters"
             )
         drawn_rows = draw_rows(selected_S, budget, seed=seed)
         cluster_S = cluster_S[np.searchsorted(selected_S, drawn_rows)]
         selected_S = drawn_rows
 
-    counts_C = np.bincount(target_T)
+    counts_C = np.bincount(target_N)
     return Selection(rows=selected_S, columns={"cluster": cluster_S, "num_target_items": counts_C[cluster_S]})
 
 
@@ -198,12 +198,12 @@ def _nearest_centroids(vectors_NP: Floats, centroids_CP: Floats) -> Ints:
     return nearest_N1[:, 0]
 
 
-def find_near_target(samples_N: Ints, clusters_N: Ints, target_T: Ints) -> tuple[Ints, Ints]:
+def find_near_target(samples_N: Ints, clusters_N: Ints, target_N: Ints) -> tuple[Ints, Ints]:
     """Find the samples with an item in a cluster that contains an item of the target.
 
     Returns unique samples, ascending, (S,), and the cluster of each one's first such item, (S,).
     """
-    inside = np.flatnonzero(np.isin(clusters_N, target_T))
+    inside = np.flatnonzero(np.isin(clusters_N, target_N))
     samples_S, first_S = np.unique(samples_N[inside], return_index=True)
     return samples_S, clusters_N[inside[first_S]]
 

@@ -450,14 +450,14 @@ def combine_selections(
     # `minus` may name removed samples, as it leaves them out anyway.
     first_table = read_selection_table(str(first), [cache])
     second_table = read_selection_table(str(second), [cache], can_be_removed=not is_and)
-    is_both_L = np.isin(first_table.rows, second_table.rows, assume_unique=True)
-    places = np.flatnonzero(is_both_L if is_and else ~is_both_L)
+    is_both_S = np.isin(first_table.rows, second_table.rows, assume_unique=True)
+    places = np.flatnonzero(is_both_S if is_and else ~is_both_S)
     rows = first_table.rows[places]
     if not len(rows):
         raise DataError(
             f"{first} {operation} {second}: expected at least one sample, got none: they select "
             f"{len(first_table.rows):,} and {len(second_table.rows):,} samples of {cache.path}, "
-            f"{int(is_both_L.sum()):,} of them both"
+            f"{int(is_both_S.sum()):,} of them both"
         )
 
     table = first_table.columns.take(pa.array(places))
