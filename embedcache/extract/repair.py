@@ -37,9 +37,11 @@ class Drift:
 
     Args:
         rows: (n,) int64, the items that could be read.
-        cosines: (n,) float32, cosine between the stored and the new feature; of token features over all tokens.
+        cosines: (n,) float32, cosine between the stored and the new feature, over all tokens of token features.
+        num_unreadable: number of items that can no longer be read.
+        num_changed: number of items whose bytes have changed.
         differences: fields of the encoder's fingerprint that have changed.
-        note: why nothing was compared; else empty.
+        note: why nothing was compared, or empty.
     """
 
     feature: str
@@ -59,13 +61,19 @@ class Drift:
         """Return a summary in one line."""
         if self.note:
             return f"{self.feature}: not compared: {self.note}"
+
         parts = [f"{self.feature}: {pluralize(len(self.cosines), 'item')} encoded again"]
         if len(self.cosines):
             parts.append(f"cosine to the stored feature: mean {self.cosines.mean():.6f}, min {self.cosines.min():.6f}")
-            parts += [f"in row {self.rows[self.cosines.argmin()]:,}"] * bool(self.cosines.min() < AGREEMENT_COSINE)
-        parts += [f"{pluralize(self.num_unreadable, 'item')} can no longer be read"] * bool(self.num_unreadable)
-        parts += [f"the bytes of {pluralize(self.num_changed, 'item')} have changed"] * bool(self.num_changed)
-        parts += [f"the encoder has changed: {'; '.join(self.differences)}"] * bool(self.differences)
+            if self.cosines.min() < AGREEMENT_COSINE:
+                parts.append(f"in row {self.rows[self.cosines.argmin()]:,}")
+
+        if self.num_unreadable:
+            parts.append(f"{pluralize(self.num_unreadable, 'item')} can no longer be read")
+        if self.num_changed:
+            parts.append(f"the bytes of {pluralize(self.num_changed, 'item')} have changed")
+        if self.differences:
+            parts.append(f"the encoder has changed: {'; '.join(self.differences)}")
         return ("DRIFT " if self.is_bad else "") + ", ".join(parts)
 
 
@@ -75,7 +83,7 @@ class VerifyReport:
 
     Args:
         detected: problems before any repair.
-        repaired: one line per encoder that encoded damaged or missing chunks, or whose metadata were written again.
+        repaired: one line per encoder whose chunks were encoded again or whose metadata was written again.
         findings: problems that remain.
         drifts: comparison of each feature with a sample that was encoded again, if requested.
         was_repair: whether a repair was requested, after which nothing may be missing.
@@ -103,7 +111,7 @@ class VerifyReport:
 
     @property
     def is_sound(self) -> bool:
-        """Whether nothing is damaged and nothing drifted; missing chunks are no damage, but a repair leaves none."""
+        """Whether nothing is damaged and no feature drifted. Missing chunks count only after a repair."""
         num_wrong = len(self.findings) if self.was_repair else self.num_damaged
         return not num_wrong and not any(drift.is_bad for drift in self.drifts)
 
@@ -114,8 +122,9 @@ class VerifyReport:
         num_missing = len(self.findings) - self.num_damaged
         damaged = pluralize(self.num_damaged, "damaged chunk or table", "damaged chunks or tables")
         totals = f"{damaged}, {pluralize(num_missing, 'chunk')} not extracted yet"
-        problems = [finding.line() for finding in self.detected]
-        return [*problems, *self.repaired, f"{self.cache}: {totals}", *(drift.line() for drift in self.drifts)]
+        problem_lines = list(map(Finding.line, self.detected))
+        drift_lines = list(map(Drift.line, self.drifts))
+        return [*problem_lines, *self.repaired, f"{self.cache}: {totals}", *drift_lines]
 
 
 def verify_cache(
@@ -149,14 +158,18 @@ def verify_cache(
     cache = Cache(cache)
     settings = merge_settings(VerifySettings, settings, options)
     progress = to_progress(progress)
-    detected = findings = verify(cache, progress=progress)
+
+    detected = verify(cache, progress=progress)
+    findings = detected
     repaired: list[str] = []
     if settings.repair:
         repaired = repair(cache, detected, device=settings.device, progress=progress)
         findings = verify(cache, progress=progress)
+
     drifts: list[Drift] = []
     if settings.reencode is not None:
         drifts = measure_drift(cache, settings.reencode, device=settings.device, progress=progress)
+
     return VerifyReport(
         cache=cache.path,
         detected=detected,
@@ -174,15 +187,15 @@ def repair(
     device: str = AUTO,
     progress: Progress | None = None,
 ) -> list[str]:
-    """Encode damaged and missing chunks again with the encoders that computed them, and write metadata that follow.
+    """Encode damaged and missing chunks again with the encoders that computed them, and restore damaged metadata.
 
-    What is damaged is withdrawn first, so that the same command finishes a repair that was killed. Derived features are
-    computed again by their rule or run, after the features that they are derived from. Findings of `verify` that cannot
-    be repaired this way are skipped.
+    Damaged chunks are withdrawn first, so that the same command finishes a repair that was killed. Derived features are
+    computed again by their rule or run, after the features that they are derived from. Findings that cannot be repaired
+    this way are skipped.
 
     Args:
         cache: the cache.
-        findings: what `verify` found.
+        findings: the result of `verify`.
         device: torch device of encoders and runs.
         progress: shows the number of items.
 
@@ -194,38 +207,55 @@ def repair(
         SettingError: a rule is custom code, and the cache is not trusted.
         CorruptError: a table is damaged, so the rows of the chunks are unknown; nothing is modified.
     """
-    tables = [finding for finding in findings if finding.is_damage and not finding.encoder]
-    if tables:
-        raise CorruptError(f"expected intact tables, got {tables[0].line()}")
+    for finding in findings:
+        if finding.is_damage and not finding.encoder:
+            raise CorruptError(f"expected intact tables, got {finding.line()}")
+
     progress = progress or NullProgress()
-    remove_partials(cache.path)  # of a repair that was killed
+    # A repair that was killed leaves partial files.
+    remove_partials(cache.path)
+
     repairable: dict[tuple[str, str], list[Finding]] = defaultdict(list)
     for finding in findings:
         if finding.can_repair:
             repairable[finding.modality, finding.encoder].append(finding)
 
-    # Features come after those that they are derived from, and imported vectors, which end a repair, after others.
+    # Derived features come after their inputs. Imported vectors, which end a repair, come last.
     groups = [open_group(cache.path, *key, cache.info) for key in sorted(repairable)]
     groups.sort(key=lambda group: (derivation_depth(cache, group), group.is_imported))
     lines = []
     for group in groups:
-        damaged = repairable[group.modality, group.name]
-        for name in sorted({finding.name for finding in damaged if finding.chunk < 0}):
+        # A finding about a feature's metadata has no chunk.
+        chunk_findings: list[Finding] = []
+        metadata_names: set[str] = set()
+        for finding in repairable[group.modality, group.name]:
+            if finding.chunk < 0:
+                metadata_names.add(finding.name)
+            else:
+                chunk_findings.append(finding)
+
+        # Chunks are written into an array, so its metadata is restored first.
+        for name in sorted(metadata_names):
             feature = Feature(group, name)
             add_feature(group, name, feature.item_shape, feature.dtype, axis=feature.axis)
             lines.append(f"{feature.name}: wrote its zarr.json again")
-        chunks = [finding for finding in damaged if finding.chunk >= 0]
-        if chunks:
-            lines.append(_repair_chunks(cache, group, chunks, device, progress))
+        if chunk_findings:
+            lines.append(_repair_chunks(cache, group, chunk_findings, device, progress))
     return lines
 
 
 def _repair_chunks(
     cache: Cache, group: EncoderGroup, findings: Sequence[Finding], device: str, progress: Progress
 ) -> str:
-    """Compute damaged and missing chunks again; a `FingerprintError` says that what computed them has changed."""
+    """Compute damaged and missing chunks again.
+
+    Raises:
+        FingerprintError: the encoder, rule or run that computed the chunks has changed.
+    """
     names = sorted({finding.name for finding in findings})
     producer: Producer
+
+    # Chunks of a changed encoder would not match the intact chunks, so this is checked before any is withdrawn.
     if group.is_derived:
         derivation = reopen_derivation(cache, group, names, device=device)
         group.check_same(derivation.fingerprint)
@@ -249,18 +279,27 @@ def _repair_chunks(
 def measure_drift(
     cache: Cache, fraction: float, *, device: str = AUTO, seed: int = 0, progress: Progress | None = None
 ) -> list[Drift]:
-    """Encode a random sample of the items of every feature again and compare with what is stored.
+    """Encode a random sample of the items of every feature again, and compare them with the stored features.
 
     This detects changes in libraries, preprocessing, weights and source. At least one item per modality is encoded.
-    Derived features are computed again from the stored ones. Those whose rule or run cannot be opened, and imported
-    vectors, whose encoder is unknown, have a note.
+    Derived features are computed again from the stored features. A note explains why a feature was not compared: its
+    rule or run cannot be opened, or it was imported and its encoder is unknown.
     """
     progress = progress or NullProgress()
-    groups = [group for modality in cache.info.num_items for group in cache.encoders(modality)]
+    groups: list[EncoderGroup] = []
+    for modality in cache.info.num_items:
+        groups += cache.encoders(modality)
     progress.start("encoding a sample again", len(groups), "encoders")
+
     drifts: list[Drift] = []
     for group in groups:
-        features = [feature for feature in (Feature(group, name) for name in group.features) if feature.valid.any()]
+        features = []
+        for name in group.features:
+            feature = Feature(group, name)
+            if feature.valid.any():
+                features.append(feature)
+
+        # With one seed for all encoders of a modality, they encode the same items if they have the same rows.
         rows = _sample_rows(features, fraction, np.random.default_rng(seed))
         if len(rows):
             drifts += _measure_group(cache, group, features, rows, device)
@@ -271,9 +310,14 @@ def measure_drift(
 
 def _sample_rows(features: Sequence[Feature], fraction: float, rng: np.random.Generator) -> Ints:
     """Draw a fraction of the rows that have all features of an encoder, at least one, ascending."""
-    valid_rows = np.flatnonzero(np.logical_and.reduce([feature.valid for feature in features])) if features else ()
-    if not len(valid_rows):
+    if not features:
         return np.empty(0, np.int64)
+
+    is_valid_N = np.logical_and.reduce([feature.valid for feature in features])
+    valid_rows = np.flatnonzero(is_valid_N)
+    if not len(valid_rows):
+        return valid_rows
+
     rows: Ints = np.sort(rng.choice(valid_rows, max(1, round(fraction * len(valid_rows))), replace=False))
     return rows
 
@@ -286,6 +330,7 @@ def _measure_group(
     items: Mapping[str, Sequence[Array | ItemError | None]] = {}
     num_changed = 0
     note = ""
+
     if group.is_imported:
         note = "its vectors were imported, and their encoder is unknown"
     elif group.is_derived:
@@ -299,22 +344,30 @@ def _measure_group(
         encoders = reopen_encoders(cache, group, names, device=device, allows_changes=True)
         items, num_changed = _encode_again(encoders, group, names, rows)
         fingerprint = view_fingerprint(encoders.folders[0].encoder, encoders.folders[0].view)
+
     if note:
         return [Drift(feature=feature.name, note=note) for feature in features]
 
     differences = name_differences(group.fingerprint, fingerprint)
     drifts = []
     for feature in features:
-        computed = items[feature.feature]
-        is_read = np.array([item is not None for item in computed], bool)
-        read = [item for item in computed if item is not None]
-        pairs = zip(feature.gather_tokens(rows[is_read]), read, strict=True)
+        # Items that can no longer be read have no new feature to compare.
+        encoded_rows = []
+        encoded_items = []
+        for row, item in zip(rows.tolist(), items[feature.feature], strict=True):
+            if item is not None:
+                encoded_rows.append(row)
+                encoded_items.append(item)
+
+        rows_n = np.array(encoded_rows, np.int64)
+        pairs = zip(feature.gather_tokens(rows_n), encoded_items, strict=True)
+        cosines = [_cosine(stored, item) for stored, item in pairs]
         drifts.append(
             Drift(
                 feature=feature.name,
-                rows=rows[is_read],
-                cosines=np.array([_cosine(stored, item) for stored, item in pairs], np.float32),
-                num_unreadable=len(computed) - len(read),
+                rows=rows_n,
+                cosines=np.array(cosines, np.float32),
+                num_unreadable=len(rows) - len(rows_n),
                 num_changed=num_changed,
                 differences=differences,
             )
@@ -325,28 +378,35 @@ def _measure_group(
 def _encode_again(
     encoders: Encoders, group: EncoderGroup, names: Sequence[str], rows: Ints
 ) -> tuple[Mapping[str, Sequence[Array | ItemError | None]], int]:
-    """Encode some rows: feature -> an item per row, None if it could not be read; and how many have other bytes."""
-    items: dict[str, list[Array | ItemError | None]] = {name: [] for name in names}
+    """Encode some rows: feature -> an item per row, None if it cannot be read, and the number with changed bytes."""
+    items: dict[str, list[Array | ItemError | None]] = defaultdict(list)
     num_changed = 0
     chunks, offsets = np.divmod(rows, group.info.chunk_size)
     for chunk in distinct(chunks).tolist():
-        chosen = offsets[chunks == chunk].tolist()
+        chunk_offsets = offsets[chunks == chunk].tolist()
         commit = group.commit(chunk)
         assert commit is not None  # its rows are valid
-        encoded = encoders.encode_rows(chunk, chosen)[group.name]
-        num_changed += sum(encoded.hashes[offset] not in (None, commit.hashes[offset]) for offset in chosen)
-        for name in names:
-            items[name] += [encoded.items[name][offset] for offset in chosen]
+        encoded = encoders.encode_rows(chunk, chunk_offsets)[group.name]
+
+        for offset in chunk_offsets:
+            num_changed += encoded.hashes[offset] not in (None, commit.hashes[offset])
+            for name in names:
+                items[name].append(encoded.items[name][offset])
     return items, num_changed
 
 
 def _cosine(stored: Array, encoded: Array | ItemError) -> float:
-    """Return the cosine between two features of one item, of tokens over all of them; -1 for other shapes."""
+    """Return the cosine between two features of one item, over all tokens. It is -1 if their shapes differ."""
     if isinstance(encoded, ItemError) or stored.shape != encoded.shape:
         return -1.0
-    if np.array_equal(stored, encoded.astype(stored.dtype)):  # zeros have no direction
+
+    # Zero vectors have no direction, but may be equal.
+    if np.array_equal(stored, encoded.astype(stored.dtype)):
         return 1.0
-    if stored.dtype.kind == "i":  # labels are equal or not
+    # Labels have no direction either; each is equal or not.
+    if stored.dtype.kind == "i":
         return float((stored == encoded).mean())
-    left, right = (normalize(array.astype(np.float32).reshape(1, -1)) for array in (stored, encoded))
-    return float((left * right).sum())
+
+    stored_1D = normalize(stored.astype(np.float32).reshape(1, -1))
+    encoded_1D = normalize(encoded.astype(np.float32).reshape(1, -1))
+    return float((stored_1D * encoded_1D).sum())
