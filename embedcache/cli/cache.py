@@ -41,9 +41,9 @@ def inspect(
         str, typer.Argument(metavar="PATH", help="Cache, run, index, study or selection: a path or a URL.")
     ],
 ) -> Any:
-    """Show what a cache, run, index, study or selection holds.
+    """Describe a cache, run, index, study or selection.
 
-    Of a cache: features, their shapes, how complete they are, and why items failed.
+    For a cache, list its features, their shapes, how complete they are, and why items failed.
 
     Example: embedcache inspect cache/
     """

@@ -18,7 +18,7 @@ from embedcache.evaluate.settings import (
 
 app = new_group("Measure runs and features.")
 
-Runs = Annotated[list[Path], typer.Argument(metavar="RUN", help="Runs; those that differ in seed only are averaged.")]
+Runs = Annotated[list[Path], typer.Argument(metavar="RUN", help="Runs. Runs that differ only in seed are averaged.")]
 ControlRuns = Annotated[
     list[Path] | None,
     typer.Option(metavar="RUN", help="Run trained with --shuffle-pairs, as a control. May be repeated."),
@@ -29,8 +29,8 @@ ControlRuns = Annotated[
 def retrieval(cache: CacheArgument, run: Runs, control_run: ControlRuns = None, *, settings: RetrievalSettings) -> Any:
     """Measure retrieval, such as of images and texts.
 
-    Recalls in both directions have confidence intervals and the chance level beside them, for each language that is
-    named. A JSON report has the format of CLIP_benchmark; several recipes or languages are a list.
+    Report recalls in both directions with confidence intervals and the chance level, for each language that is named. A
+    JSON report has the format of CLIP_benchmark; several recipes or languages are a list.
 
     Example: embedcache evaluate retrieval cache/ run/ --part test --html page.html
     """
@@ -55,8 +55,8 @@ def zero_shot(
 ) -> Any:
     """Classify items by their similarity to prompts.
 
-    Items are of the modality that the run pairs with texts, such as images. Accuracies have confidence intervals and
-    the chance level beside them. A JSON report has the format of CLIP_benchmark; several recipes are a list.
+    Items are of the modality that the run pairs with texts, such as images. Report accuracies with confidence
+    intervals and the chance level. A JSON report has the format of CLIP_benchmark; several recipes are a list.
 
     Example: embedcache evaluate zero-shot labeled/ run/ --prompts names.txt
     """

@@ -37,7 +37,7 @@ def clip_retrieval(
 @command(app, "datacomp", settings=ImportSettings, runs_named_code=False)
 def datacomp(
     folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="Metadata of DataComp: NAME.parquet beside NAME.npz.")
+        Path, typer.Argument(metavar="FOLDER", help="Metadata of DataComp: NAME.parquet next to NAME.npz.")
     ],
     cache: NewCache,
     array: Annotated[

@@ -61,7 +61,7 @@ def quickstart(
 ) -> Any:
     """Run the whole system on your images, or on packaged ones.
 
-    Encode images and captions, train projectors, evaluate them beside a control, build an index and search it, measure
+    Encode images and captions, train projectors, compare them with a control, build an index and search it, measure
     coverage, find duplicates, and write a page. Without DATA, the images are OpenMoji's.
 
     Example: embedcache quickstart photos/ mine/

@@ -76,7 +76,7 @@ class Hit:
         captions: for an image, at most three captions of its sample, in the language of the first; for a caption, the
             caption.
         label: label of its sample, in the column `label` or another that was named, if the cache has it.
-        languages: languages of the captions that there are, that of `captions` first; None is an unknown one.
+        languages: languages of all captions, starting with the language of `captions`. None is an unknown language.
     """
 
     score: float

@@ -117,7 +117,7 @@ class ServedCoverage:
         """
         _, _, strip = self.concept(number)
         if row not in {hit["row"] for hit in strip}:
-            raise UnknownNameError(f"unknown item {row}; GET /api/coverage/{number} lists those that are asked about")
+            raise UnknownNameError(f"unknown item {row}; GET /api/coverage/{number} lists the items to ask about")
 
         with self._lock:
             name = self._concepts[number]["name"]

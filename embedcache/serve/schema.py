@@ -16,7 +16,7 @@ _MAX_VALUES = 100
 MapState = Literal["computing", "ready", "unavailable"]
 _Values = Annotated[list[Annotated[str, Field(max_length=_MAX_TEXT_LENGTH)]], Field(max_length=_MAX_VALUES)]
 _PATH = (
-    "File of the item as its source names it; its name only, if that is outside of the source; null for a text, and if "
+    "File of the item as its source names it, or only its name if it is outside of the source. Null for a text, or if "
     "the source names none."
 )
 _Count = Annotated[int, Field(ge=1, le=MAX_HITS)]
@@ -61,23 +61,23 @@ class PlayerOut(BaseModel):
     stop_s: float | None = Field(description="End of the interval; null for its end.")
 
 
-_PLAYER = "What to play: the item, or the first video, else recording, of its sample; null if there is none."
+_PLAYER = "What to play: the item, or the first video or recording of its sample; null if there is none."
 
 
 class HitOut(BaseModel):
     """One hit."""
 
     score: float | None = Field(
-        description="Score of the query: a cosine, estimated if the index stores codes; null without one."
+        description="Score of the query: a cosine, estimated if the index stores codes; null without a query."
     )
     row: int = Field(description="Row of the item in the item table of its modality.")
     key: str = Field(description="Key of the sample.")
     path: str | None = Field(description=_PATH)
     name: str = Field(description="What to call the item without a caption: its key, or its file if they differ.")
     captions: list[str] = Field(description="Captions of the sample in one language, at most three.")
-    languages: list[str | None] = Field(description="Languages of its captions, that of these first; null is unknown.")
+    languages: list[str | None] = Field(description="Languages of its captions, the shown one first; null is unknown.")
     label: str | None = Field(description="Label of the sample, if the cache has labels.")
-    image: int | None = Field(description="Row of the image to show; of another item, the first image of its sample.")
+    image: int | None = Field(description="Row of the image to show: the item, or the first image of its sample.")
     player: PlayerOut | None = Field(description=_PLAYER)
 
 
