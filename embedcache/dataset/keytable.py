@@ -1,8 +1,8 @@
 """Keyed tables: values of the samples of some caches, in Parquet with the row and the key of each sample.
 
 Splits, selections, scores, hard negatives and the samples that dedup removes are such tables. The header names their
-caches: in these, samples are found by their rows, and the keys are compared. In any other cache, and in tables of other
-tools, they are found by their keys. A list of keys is a table without values.
+caches. In these caches, samples are found by their rows, and the keys are compared. In any other cache, and in tables
+of other tools, samples are found by their keys. A list of keys is a table without values.
 """
 
 import io
@@ -63,6 +63,7 @@ class KeyTable:
         """Return a row for each of S samples, null for those that the table does not have."""
         if len(self.rows) == num_samples:
             return self.columns
+
         places = np.full(num_samples, -1, np.int64)
         places[self.rows] = np.arange(len(self.rows))
         return self.columns.take(pa.array(places, mask=places < 0))
@@ -78,7 +79,7 @@ def write(
     rows: Ints | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Write values of samples: `row` and `key` of each one, of several caches also the number of its `cache`.
+    """Write values of samples with the `row` and `key` of each one, and for several caches the number of its `cache`.
 
     Memory: the keys of the samples.
 
@@ -87,13 +88,13 @@ def write(
         caches: caches of the samples.
         columns: name -> a value per sample, as an Arrow or NumPy array, `Column` or list; NaN becomes null.
         kind: kind of the table, such as `selection`.
-        about: what the header says beside the kind and the caches, as JSON values.
+        about: entries of the header in addition to the kind and the caches, as JSON values.
         rows: (M,) samples, ascending and counted across the caches. If None, all samples.
         progress: progress in samples.
 
     Raises:
         DataError: the rows do not ascend.
-        PathError: the path does not end in `.parquet`; or the errors of `check_output`.
+        PathError: the path does not end in `.parquet`, or `check_output` refuses it.
     """
     check_table_output(kind, path)
     firsts = np.cumsum([0, *map(len, caches)])
@@ -112,6 +113,7 @@ def write(
     if len(caches) > 1:
         table = table.append_column("cache", pa.array(number_M, pa.int16()))
 
+    # NumPy has no null, so callers mark a missing value by NaN.
     for name, values in columns.items():
         array = values.array if isinstance(values, Column) else values
         is_arrow = isinstance(array, pa.Array | pa.ChunkedArray)
@@ -120,8 +122,9 @@ def write(
     table = table.add_column(1, "key", Keys(caches, rows).array)
 
     # The digests tell a reader whether rows still mean the same samples.
+    paths = [str(cache.path) for cache in caches]
     digests = [cache.info.index_digest for cache in caches]
-    header = {"kind": kind, "caches": [str(cache.path) for cache in caches], "index_digests": digests, **about}
+    header = {"kind": kind, "caches": paths, "index_digests": digests, **about}
 
     table = table.replace_schema_metadata(to_metadata(header))
     parts = watch(
@@ -144,9 +147,9 @@ def read(
     can_be_others: bool = False,
     can_be_empty: bool = False,
 ) -> KeyTable:
-    """Read the values of those samples of some caches that a table has.
+    """Read the values of the samples of some caches that a table has.
 
-    Samples that were removed from a cache since are left out, and a warning tells their number.
+    Samples that have been removed from a cache since are left out, and a warning says how many.
 
     Args:
         path: a Parquet file with a column `key`, a text file in UTF-8 with one key per line, or `.npy` of DataComp's
@@ -154,24 +157,22 @@ def read(
         caches: the caches. A key that several of them have is found in each, unless the header names one of them.
         kind: kind that is expected.
         columns: names of the columns to read, as far as they exist. If None, all.
-        can_be_others: whether keys that no cache has are ignored.
+        can_be_others: whether to ignore keys that no cache has.
         can_be_empty: whether all samples of the table may have been removed.
 
     Raises:
         PathError: there is no such file.
         CorruptError: the file is not such a table, or has changed since it was written.
-        DataError: it has keys of other samples, or none of the caches.
+        DataError: it has keys of other samples, or no sample of the caches.
     """
     about = read_header(path, kind)
     columns = _SCHEMAS[kind].names if kind in _SCHEMAS else columns
     names = None if columns is None else ["row", "key", "cache", *columns]
-    of_caches = [
-        [number for number, digest in enumerate(about.get("index_digests", ())) if cache.info.has_rows_of(digest)]
-        for cache in caches
-    ]
+    numbers_by_cache = _number_caches(about, caches)
+
     with reading_table(path, kind):
-        if any(of_caches):
-            samples, table, num_removed = _find_rows(path, names, caches, of_caches)
+        if any(numbers_by_cache):
+            samples, table, num_removed = _find_rows(path, names, caches, numbers_by_cache)
         elif kind == "negatives":
             got = " and ".join(about.get("caches", ["another tool"]))
             raise DataError(f"{kind} {path}: expected those of {name_caches(caches)}, got those of {got}")
@@ -179,27 +180,40 @@ def read(
             table = load(path, names)
             samples, table, num_removed = _find_keys(path, table, caches, kind, can_be_others=can_be_others)
 
+        # A selection may name a key several times; the first one counts.
         if (np.diff(samples) <= 0).any():
             num_rows = len(samples)
-            # A selection may name a key several times; the first one counts.
             samples, places = np.unique(samples, return_index=True)
             table = table.take(pa.array(places))
             _check_repeated(path, kind, num_rows - len(samples))
 
+        # From here on, the samples identify the rows.
         key_columns = [name for name in ("row", "key", "cache") if name in table.column_names]
         table = table.drop_columns(key_columns)
         if kind in _SCHEMAS:
             table = table.select(_SCHEMAS[kind].names).cast(_SCHEMAS[kind])
 
     if num_removed:
-        gone = pluralize(num_removed, "sample was", "samples were")
-        warn_removed(f"{kind} {path}: {gone} removed from the cache, and left out")
+        samples_were = pluralize(num_removed, "sample was", "samples were")
+        warn_removed(f"{kind} {path}: {samples_were} removed from the cache, and left out")
 
     if not (len(samples) or can_be_empty):
         got = "only removed ones; make a new one" if num_removed else f"others, not {caches[0].key(0)!r}"
         raise DataError(f"{kind} {path}: expected samples of {name_caches(caches)}, got {got}")
 
     return KeyTable(rows=samples, columns=table, about=about)
+
+
+def _number_caches(about: Mapping[str, Any], caches: Sequence[Cache]) -> list[list[int]]:
+    """Return the numbers by which the header of a table names each cache."""
+    numbers_by_cache: list[list[int]] = []
+    for cache in caches:
+        numbers: list[int] = []
+        for number, digest in enumerate(about.get("index_digests", ())):
+            if cache.info.has_rows_of(digest):
+                numbers.append(number)
+        numbers_by_cache.append(numbers)
+    return numbers_by_cache
 
 
 @cache_calls
@@ -221,7 +235,7 @@ def reading_table(path: Path, kind: str) -> Iterator[None]:
 def read_header(path: Path, kind: str) -> dict[str, Any]:
     """Return the header of a table, empty for a table of another tool. Raises the errors of `read`.
 
-    It has `index_digests` only if the table has the columns that they are for.
+    It has `index_digests` only if the table has the columns that the digests identify.
     """
     with reading_table(path, kind):
         if path.suffix != ".parquet":
@@ -229,6 +243,7 @@ def read_header(path: Path, kind: str) -> dict[str, Any]:
 
         with open_table(path) as file:
             schema = file.schema_arrow
+
         required = ["key", *_SCHEMAS.get(kind, pa.schema([])).names]
         if not set(required) <= set(schema.names):
             raise ValueError(f"it has the columns {', '.join(schema.names)}, not {' and '.join(required)}")
@@ -247,13 +262,15 @@ def load(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
         return read_table(path, columns)
     if path.suffix == ".npy":
         return pa.table({"key": _read_uids(path)})
+
+    # Only line breaks end a key: `str.splitlines` would also split at other characters.
     lines = read_file(path).decode(TEXT_ENCODING).split("\n")
-    keys = [key for line in lines if (key := line.removesuffix("\r"))]
-    return pa.table({"key": pa.array(keys, pa.string())})
+    keys = [line.removesuffix("\r") for line in lines]
+    return pa.table({"key": pa.array(list(filter(None, keys)), pa.string())})
 
 
 def _read_uids(path: Path) -> list[str]:
-    """Return the keys of a list of DataComp's uids, two unsigned integers each: 32 hexadecimal digits."""
+    """Return the keys of a list of DataComp's uids. Two unsigned integers make a key of 32 hexadecimal digits."""
     uids = np.load(io.BytesIO(read_file(path)), allow_pickle=False)
     if not isinstance(uids, np.ndarray) or uids.dtype != np.dtype("u8,u8") or uids.ndim != 1:
         raise DataError(f"selection {path}: expected a list of uids, one row of dtype u8,u8, got other arrays")
@@ -262,26 +279,29 @@ def _read_uids(path: Path) -> list[str]:
 
 
 def _find_rows(
-    path: Path, names: Sequence[str] | None, caches: Sequence[Cache], of_caches: Sequence[Sequence[int]]
+    path: Path, names: Sequence[str] | None, caches: Sequence[Cache], numbers_by_cache: Sequence[Sequence[int]]
 ) -> tuple[Ints, pa.Table, int]:
-    """Find samples by their rows, block by block: samples, their rows of the table, and how many were removed.
+    """Find samples by their rows, block by block.
 
-    `of_caches` has the numbers by which the table names each cache.
+    Returns:
+        The samples, their rows of the table, and the number of samples that were removed.
     """
     firsts = np.cumsum([0, *map(len, caches)])
     readers = [RowReader(cache, SAMPLES, ["key"], kept_rows=0) for cache in caches]
+
     samples = []
     parts = []
     num_removed = 0
     for block in iterate_table(path, BLOCK, names):
         number_B = block["cache"].to_numpy() if "cache" in block.column_names else np.zeros(len(block), np.int16)
-        for cache, first, numbers, keys in zip(caches, firsts.tolist(), of_caches, readers, strict=False):
+        for cache, first, numbers, keys in zip(caches, firsts.tolist(), numbers_by_cache, readers, strict=False):
             part = block.filter(pa.array(np.isin(number_B, numbers)))
 
             is_removed = np.isin(part["row"].to_numpy(), cache.removed)
             num_removed += int(is_removed.sum())
             part = part.filter(pa.array(~is_removed))
 
+            # A row outside the cache has no key to compare.
             rows = part["row"].to_numpy()
             is_inside = bool(((rows >= 0) & (rows < len(cache))).all())
             if not is_inside or not keys.take(rows)["key"].equals(part["key"].cast(pa.large_string())):
@@ -299,27 +319,35 @@ def _find_rows(
 def _find_keys(
     path: Path, table: pa.Table, caches: Sequence[Cache], kind: str, *, can_be_others: bool
 ) -> tuple[Ints, pa.Table, int]:
-    """Find samples by their keys; as `_find_rows`."""
-    known = table["key"].cast(pa.large_string()).combine_chunks()
-    _check_repeated(path, kind, len(known) - len(pc.unique(known)))
-    samples, places = match_keys(caches, known)
+    """Find samples by their keys, and return the same as `_find_rows`."""
+    keys = table["key"].cast(pa.large_string()).combine_chunks()
+    _check_repeated(path, kind, len(keys) - len(pc.unique(keys)))
+    samples, places = match_keys(caches, keys)
 
     num_removed = 0
     if not can_be_others:
-        others = known.filter(pc.invert(pc.is_in(known, value_set=known.take(pa.array(places)))))
-        removed = [read_removed(cache.path, cache.info) for cache in caches if cache.info.removed]
-        unknown = [key for key in pc.unique(others).to_pylist() if all(each.row_of(key) is None for each in removed)]
-        num_removed = len(pc.unique(others)) - len(unknown)
-        if unknown or not len(known):
-            shown = ", ".join(map(repr, unknown[:3])) or "no keys"
+        matched_keys = keys.take(pa.array(places))
+        unknown_keys = pc.unique(keys.filter(pc.invert(pc.is_in(keys, value_set=matched_keys)))).to_pylist()
+        num_unmatched = len(unknown_keys)
+
+        # A key of a removed sample is no mistake of the table.
+        for cache in caches:
+            if cache.info.removed:
+                removed = read_removed(cache.path, cache.info)
+                unknown_keys = [key for key in unknown_keys if removed.row_of(key) is None]
+        num_removed = num_unmatched - len(unknown_keys)
+
+        if unknown_keys or not len(keys):
+            examples = ", ".join(map(repr, unknown_keys[:3])) or "no keys"
             raise DataError(
-                f"{kind} {path}: expected keys of {name_caches(caches)}, such as {caches[0].key(0)!r}, got {shown}; "
-                f"{len(unknown):,} of {len(known):,} keys have no sample there"
+                f"{kind} {path}: expected keys of {name_caches(caches)}, such as {caches[0].key(0)!r}, got {examples}; "
+                f"{len(unknown_keys):,} of {len(keys):,} keys have no sample there"
             )
+
     return samples, table.take(pa.array(places)), num_removed
 
 
 def _check_repeated(path: Path, kind: str, num_repeated: int) -> None:
-    """Refuse several values of a sample; a list of keys may name one several times."""
+    """Refuse several values of a sample. Only a list of keys may name a sample several times."""
     if num_repeated and kind != "selection":
         raise DataError(f"{kind} {path}: expected each key once, got {num_repeated:,} repeated")
