@@ -1,4 +1,4 @@
-"""Classes: labels of samples in a column of the sample table, and prompts.
+"""Classes: labels in a column of the sample table, and prompts.
 
 In a cache of `extract prompts:…`, each sample is a class and its captions are the prompts.
 """
@@ -48,29 +48,29 @@ def read_labels(cache: Cache, samples: Ints, *, column: str = "label", classes: 
     Args:
         samples: (M,) int64 rows of `cache.samples`, in any order.
         column: column of the labels, which are class names or class numbers from 0. Whole numbers in floating point are
-            class numbers, and NaN is a missing label: pandas stores integers so if one is missing.
+            class numbers and NaN is a missing label, because pandas stores integers like this if one is missing.
         classes: names of all classes (the sorted distinct labels if None).
 
     Raises:
-        UnknownNameError: the cache has no such column; the message lists its columns.
-        DataError: a sample has no label, labels are neither text nor whole numbers, labels are not among `classes`, or
-            are names of some and numbers of others.
+        UnknownNameError: the cache has no such column. The message lists its columns.
+        DataError: a sample has no label, labels are neither strings nor whole numbers, labels are not among `classes`,
+            or some labels are names and others are numbers.
     """
     location = f"column {column!r} of {cache.path}"
     labels, label_M = _find_distinct(cache, samples, column, location)
 
     if classes is None:
         sorted_labels = sorted(labels)
-        numbers: Mapping[Label, int] = {label: number for number, label in enumerate(sorted_labels)}
-        names = [str(label) for label in sorted_labels]
+        numbers: Mapping[Label, int] = dict(zip(sorted_labels, range(len(labels)), strict=True))
+        names = list(map(str, sorted_labels))
     else:
         numbers = _number_labels(labels, classes, location)
         names = list(classes)
         _check_known(labels, label_M, numbers, names, location)
 
     # Distinct labels are looked up once each: samples are many, labels few.
-    number_F = np.array([numbers[label] for label in labels], np.int64)
-    return Labels(names=names, numbers=number_F[label_M])
+    label_numbers = [numbers[label] for label in labels]
+    return Labels(names=names, numbers=np.array(label_numbers, np.int64)[label_M])
 
 
 def _find_distinct(cache: Cache, samples: Ints, column: str, location: str) -> tuple[list[Label], Ints]:
@@ -94,9 +94,11 @@ def _find_distinct(cache: Cache, samples: Ints, column: str, location: str) -> t
 
 
 def _read(cache: Cache, samples: Ints, column: str) -> pa.Array:
-    """Read the labels of some samples: text, integers or booleans; an empty string, as in a CSV, is a missing label."""
+    """Read the labels of some samples as strings, integers or booleans."""
     require_column(cache, column)
     values = cache.column(column).combine_chunks().take(pa.array(samples))
+
+    # In a CSV, an empty string is a missing label.
     if pa.types.is_large_string(values.type):
         return pc.if_else(pc.equal(values, ""), None, values)
     if pa.types.is_floating(values.type):
@@ -121,10 +123,10 @@ def _to_integers(cache: Cache, column: str, values_M: Array) -> pa.Array:
 
 
 def label_text(value: Any) -> str | None:
-    """Return a value of a column of labels as text, or None for a missing label, as `read_labels` takes it.
+    """Return a value of a column of labels as a string, or None for a missing label, as `read_labels` reads it.
 
-    A missing label is null, an empty text or NaN; a whole number in floating point is written as an integer, a boolean
-    as in JSON.
+    A missing label is null, an empty string or NaN. A whole number in floating point is written as an integer, a
+    boolean as in JSON.
     """
     if value is None or value == "" or value != value:  # NaN differs from itself
         return None
@@ -136,17 +138,20 @@ def label_text(value: Any) -> str | None:
 def require_column(cache: Cache, column: str) -> None:
     """Check that samples have a column, or raise an `UnknownNameError` that lists their columns."""
     if column not in cache.columns:
-        known = [name for name in cache.columns if name != "key"]
+        names = [name for name in cache.columns if name != "key"]
         hint = "a folder with a subfolder per class has the column 'label'"
-        raise unknown_name("column of samples", column, known, where=f"of {cache.path}", hint=hint)
+        raise unknown_name("column of samples", column, names, where=f"of {cache.path}", hint=hint)
 
 
 def _number_labels(labels: Sequence[Label], classes: Sequence[str], location: str) -> dict[Label, int]:
-    """Return label -> class number, where labels are class names or class numbers."""
+    """Return label -> class number, given labels that are class names or class numbers."""
+    class_numbers = range(len(classes))
     if labels and isinstance(labels[0], int):
-        return {number: number for number in range(len(classes))}
-    if not set(labels) & set(classes) and all(str(label).isdecimal() for label in labels):
-        return {str(number): number for number in range(len(classes))}  # numbers in a CSV
+        return dict(zip(class_numbers, class_numbers, strict=True))
+
+    # In a CSV, class numbers are strings of digits.
+    if not set(labels) & set(classes) and all(map(str.isdecimal, map(str, labels))):
+        return dict(zip(map(str, class_numbers), class_numbers, strict=True))
 
     # Two classes may share a name as long as no sample is labeled with it.
     numbers: dict[Label, int] = {}
@@ -164,13 +169,19 @@ def _number_labels(labels: Sequence[Label], classes: Sequence[str], location: st
 def _check_known(
     labels: Sequence[Label], label_M: Ints, numbers: Mapping[Label, int], names: Sequence[str], location: str
 ) -> None:
-    is_other_F = np.array([label not in numbers for label in labels], bool)
-    if is_other_F.any():
-        others = [labels[position] for position in np.flatnonzero(is_other_F).tolist()]
+    """Check that every label is a class, or raise a `DataError` that counts the samples with other labels."""
+    is_unknown_F = np.zeros(len(labels), bool)
+    unknown_labels: list[Label] = []
+    for position, label in enumerate(labels):
+        if label not in numbers:
+            is_unknown_F[position] = True
+            unknown_labels.append(label)
+
+    if unknown_labels:
         raise DataError(
-            f"{is_other_F[label_M].sum():,} of {len(label_M):,} samples have labels in {location} that are not "
-            f"classes: {first_few(others, 5, show=repr)}; the classes are {first_few(names, 5, show=repr)}, counted "
-            "from 0"
+            f"{is_unknown_F[label_M].sum():,} of {len(label_M):,} samples have labels in {location} that are not "
+            f"classes: {first_few(unknown_labels, 5, show=repr)}; the classes are {first_few(names, 5, show=repr)}, "
+            "counted from 0"
         )
 
 
@@ -201,22 +212,26 @@ class Prompts:
 
 
 def has_prompts(cache: Cache) -> bool:
-    """Return whether a cache may hold prompts: texts, of samples with a column `class`."""
+    """Return whether a cache may contain prompts, which are captions of samples with a column `class`."""
     return CLASS in cache.columns and "text" in cache.info.num_items
 
 
 def check_prompts(cache: Cache, spec: str) -> None:
-    """Check that a cache holds prompts; the error names the command that extracts them with this encoder."""
+    """Check that a cache may contain prompts. The error names the command that extracts them with this encoder."""
     if not has_prompts(cache):
         out = quoted(f"{cache.path.name}-prompts")
         command = f"embedcache extract prompts:CLASSES+TEMPLATES {out} --text-encoder {quoted(spec)}"
         instead = (
             f"import captions and prompts, with their {CLASS!r}, at once, and divide them with: embedcache cache cut"
         )
+
+        # An imported feature has no encoder that could encode prompts.
         encoder = EncoderSpec.parse(spec)
         reason = why_no_encoder(encoder, "text", next_step=instead if encoder.family == IMPORTED else None)
-        missing = "texts" if CLASS in cache.columns else f"column {CLASS!r}"
-        raise DataError(f"{cache.path} holds no prompts: it has no {missing}; {reason or f'create them: {command}'}")
+        requirement = "texts" if CLASS in cache.columns else f"column {CLASS!r}"
+        raise DataError(
+            f"{cache.path} holds no prompts: it has no {requirement}; {reason or f'create them: {command}'}"
+        )
 
 
 def read_prompts(cache: Cache, feature: InputFeature) -> Prompts:
@@ -239,17 +254,17 @@ def read_prompts(cache: Cache, feature: InputFeature) -> Prompts:
     )
 
     # A class without prompts has no direction.
-    missing = [name for name, count in zip(names, prompts.counts, strict=True) if not count]
-    if missing:
+    empty_classes = np.flatnonzero(prompts.counts == 0)
+    if len(empty_classes):
         raise DataError(
-            f"{len(missing)} of {len(names)} classes of {cache.path} have no encoded prompt, first "
-            f"{missing[0]!r}; add one and extract again"
+            f"{len(empty_classes)} of {len(names)} classes of {cache.path} have no encoded prompt, first "
+            f"{names[empty_classes[0]]!r}; add one and extract again"
         )
 
     return prompts
 
 
 def class_vectors(prompts: Prompts, tower: "AnyTower", *, device: str = "cpu") -> Floats:
-    """Project the prompts and average those of each class: normalize, mean, normalize -> (C, P) float32."""
+    """Project the prompts and average them by class: normalize, mean, normalize -> (C, P) float32."""
     projected_MP = project(tower, prompts.feature.read(prompts.rows), device=device)
     return mean_directions(projected_MP, prompts.classes, len(prompts.names))
