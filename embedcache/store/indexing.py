@@ -1,6 +1,7 @@
 """Indexing a source: every sample and item gets a row in the tables of a cache, before any model runs.
 
-A source that has changed since is compared sample by sample: new samples, and items whose bytes were replaced.
+A later call compares the source with the tables sample by sample, to find new samples and items whose bytes were
+replaced.
 """
 
 import hashlib
@@ -93,10 +94,11 @@ def index(
     are written, one batch while a cache is checked.
 
     Args:
-        cache_path: a new or empty folder, or a cache of this source; a whole one without features is indexed again.
-        chunk_size: items per chunk; None keeps the cache's own, or chooses that of a new cache by its number of items.
-        limit: the most samples that the cache may have: the first ones of the source, and then, where it is extended,
-            the first of those that it lacks; the source is read no further than needed. None: all.
+        cache_path: a new or empty folder, or a cache of this source. A cache without features is indexed again.
+        chunk_size: items per chunk. If None, a cache keeps its chunk size, and a new cache gets one that depends on its
+            number of items.
+        limit: largest number of samples of the cache (no limit if None). A new cache gets the first samples of the
+            source, and an extended cache the first new ones. The source is read no further than needed.
         extend: append samples of the source that the cache lacks.
         accept_replaced: accept other bytes of items on which all encoders failed.
 
@@ -111,14 +113,16 @@ def index(
     progress = progress or NullProgress()
     if chunk_size is not None and chunk_size < 1:
         raise SettingError(f"chunk_size: expected an integer of at least 1, got {chunk_size}")
-    while True:  # until no other process has written the tables meanwhile
+
+    # Repeated until no other process has written the tables meanwhile.
+    while True:
         info = _read_whole(cache_path) if _open_folder(cache_path) else None
         with writing(cache_path):
             if info is None or not _keeps_rows(cache_path, info):
-                written = _index_anew(source, cache_path, info, chunk_size, limit, progress)
+                new_info = _index_anew(source, cache_path, info, chunk_size, limit, progress)
             else:
                 _check_options(cache_path, info, chunk_size, limit)
-                written = _update(
+                new_info = _update(
                     source,
                     cache_path,
                     info,
@@ -127,12 +131,12 @@ def index(
                     accept_replaced=accept_replaced,
                     progress=progress,
                 )
-        if written is not None:
-            return written
+        if new_info is not None:
+            return new_info
 
 
 def open_indexed(cache_path: Path, *, chunk_size: int | None = None) -> CacheInfo:
-    """Return what a cache was indexed as, without reading its source.
+    """Return the content of `cache.json` of an indexed cache, without reading its source.
 
     Raises:
         PathError: the folder is not a cache.
@@ -153,17 +157,18 @@ def index_tables(
     chunk_size: int,
     progress: Progress,
 ) -> CacheInfo:
-    """Write the sample and item tables of a new cache from those of others, unless it exists. Memory: as `index`.
+    """Write the sample and item tables of a new cache from other tables, unless it exists. Memory: as `index`.
 
     Args:
-        description: what the new cache records as its source.
-        write: writes all samples into files of tables below a folder, and returns their parts.
+        description: source that the new cache records.
+        write: writes all samples into table files below a folder, and returns their parts.
 
     Raises:
         PathError, SourceError: as `index`.
     """
     if _open_folder(cache_path):
         return read_info(cache_path)
+
     with locked(cache_path), writing(cache_path):
         if info_path(cache_path).is_file():  # another process was first
             return read_info(cache_path)
@@ -171,23 +176,28 @@ def index_tables(
 
 
 def _open_folder(cache_path: Path) -> bool:
-    """Return whether a folder is a cache; create it if it does not exist."""
+    """Return whether a folder is a cache. Create it if it does not exist."""
     with reading(cache_path):
-        exists = info_path(cache_path).is_file()
-        if not exists:
-            make_folder(cache_path)
-            names = [path.name for path in cache_path.iterdir()] if cache_path.is_dir() else []  # not in object stores
-            other_names = sorted(name for name in names if name not in _CACHE_FILES and not _OWN_NAME.fullmatch(name))
-            if other_names:
-                raise PathError(
-                    f"{cache_path} is not a cache and not empty: it contains {first_few(other_names)}; "
-                    "use the path of a new folder"
-                )
-    return exists
+        if info_path(cache_path).is_file():
+            return True
+
+        make_folder(cache_path)
+        other_names = []
+        if cache_path.is_dir():  # object stores have no folders
+            for path in cache_path.iterdir():
+                if path.name not in _CACHE_FILES and not _OWN_NAME.fullmatch(path.name):
+                    other_names.append(path.name)
+
+        if other_names:
+            raise PathError(
+                f"{cache_path} is not a cache and not empty: it contains {first_few(sorted(other_names))}; "
+                "use the path of a new folder"
+            )
+    return False
 
 
 def _read_whole(cache_path: Path) -> CacheInfo:
-    """Read `cache.json`; UnfinishedError if a removal of samples was interrupted."""
+    """Read `cache.json`. Raises UnfinishedError if a removal of samples was interrupted."""
     info = read_info(cache_path)
     if info.has_interrupted_removal:
         raise UnfinishedError(f"{cache_path}: {INTERRUPTED_REMOVAL}")
@@ -195,7 +205,7 @@ def _read_whole(cache_path: Path) -> CacheInfo:
 
 
 def _keeps_rows(cache_path: Path, info: CacheInfo) -> bool:
-    """Return whether a cache is never indexed again: it has features, or samples were removed."""
+    """Return whether a cache is never indexed again, because it has features or samples were removed."""
     return info.is_partial or any(find_files(cache_path, "*/*/chunks/*.json"))
 
 
@@ -223,14 +233,19 @@ def _check_chunk_size(cache_path: Path, info: CacheInfo, chunk_size: int | None)
 def _is_unchanged(source: Source, cache_path: Path, info: CacheInfo, limit: int | None, progress: Progress) -> bool:
     """Return whether a cache of one part has the digest of its source, which is faster than comparing each sample.
 
-    If so, remove what a killed process has left.
+    If so, remove the files that a killed process has left.
     """
+    # Only the digest of a single part without removed samples is the digest of its source.
     if len(info.parts) > 1 or info.is_partial:
         return False
-    num_more = 1 if limit is None else min(1, limit - info.num_samples)  # tells whether the source has grown
-    found = digest_samples(source, "checking samples", info.num_samples, info.num_samples + num_more, _ignore, progress)
-    if found != info.index_digest:
+
+    # One more sample tells whether the source has grown.
+    num_more = 1 if limit is None else min(1, limit - info.num_samples)
+    max_samples = info.num_samples + num_more
+    source_digest = digest_samples(source, "checking samples", info.num_samples, max_samples, _ignore, progress)
+    if source_digest != info.index_digest:
         return False
+
     if not is_remote(cache_path) and find_unlisted(cache_path, info):
         with locked(cache_path):
             _remove_unlisted(cache_path, read_info(cache_path))
@@ -245,7 +260,7 @@ def _index_anew(
     limit: int | None,
     progress: Progress,
 ) -> CacheInfo | None:
-    """Write the tables of a cache without features; None if another process has written it meanwhile."""
+    """Write the tables of a cache without features. Returns None if another process has written them meanwhile."""
     if info is not None:
         is_same_size = chunk_size in (None, info.chunk_size)
         if is_same_size and _is_unchanged(source, cache_path, info, limit, progress):
@@ -254,22 +269,25 @@ def _index_anew(
 
     def write(folder: Path) -> list[Part]:
         writer = TableWriter(folder)
-        found = digest_samples(source, "indexing", 0, limit, writer.add, progress)
-        return [writer.close(found)] if writer.num_samples else []
+        samples_digest = digest_samples(source, "indexing", 0, limit, writer.add, progress)
+        return [writer.close(samples_digest)] if writer.num_samples else []
 
     with locked(cache_path):
+        # Another process may have indexed or extracted the source before the lock was free.
         current = read_info(cache_path) if info_path(cache_path).is_file() else None
         if current != info or (info is not None and _keeps_rows(cache_path, info)):
             return None
+
         if info is not None:
             _discard(cache_path)
         info = _create(source.describe(), cache_path, chunk_size, write)
+
     _question_captions(info, progress)
     return info
 
 
 def _question_captions(info: CacheInfo, progress: Progress) -> None:
-    """Note if samples with items have so many captions that lines of one text may have been taken for captions."""
+    """Note that the lines of longer texts may have been read as captions, if samples with items have very many."""
     num_captions = info.num_items.get("text", 0)
     if num_captions > _MANY_CAPTIONS * info.num_samples and len(info.num_items) > 1:
         progress.note(
@@ -279,7 +297,7 @@ def _question_captions(info: CacheInfo, progress: Progress) -> None:
 
 
 def _discard(cache_path: Path) -> None:
-    """Remove the folders of encoders, and the manifest first: without it the tables do not exist."""
+    """Remove the manifest, without which the tables do not exist, and then the folders of encoders."""
     remove_file(info_path(cache_path))
     flush(cache_path)
     for group in find_files(cache_path, "*/*/zarr.json"):
@@ -299,6 +317,7 @@ def _create(
                 f"{description.get('path', 'the source')}: expected samples, got none; "
                 "use a source that contains images, captions or other items"
             )
+
         info = CacheInfo(
             chunk_size=chunk_size or choose_chunk_size(parts),
             source=dict(description),
@@ -306,13 +325,15 @@ def _create(
             parts=tuple(parts),
         )
         put_tables(folder, cache_path, parts)
+
+    # The manifest comes after the tables that it lists, and before the removal of the files that it replaces.
     write_info(cache_path, info)
     _remove_unlisted(cache_path, info)
     return info
 
 
 def _remove_unlisted(cache_path: Path, info: CacheInfo) -> None:
-    """Remove the files of tables that the manifest does not list: those before, and those that a kill has left."""
+    """Remove the table files that the manifest does not list, which were replaced or left by a killed process."""
     for file in find_unlisted(cache_path, info):
         remove_file(file)
 
@@ -329,10 +350,11 @@ def _update(
 ) -> CacheInfo | None:
     """Compare a source with a cache that keeps its rows, and write the changes that are allowed.
 
-    None if another process has written changes meanwhile.
+    Returns None if another process has written changes meanwhile.
     """
     if not extend and _is_unchanged(source, cache_path, info, limit, progress):
         return info
+
     max_new = None if limit is None else limit - info.num_samples
     with scratch_folder(cache_path) as folder:
         writer = TableWriter(folder, len(info.parts), info.num_samples)
@@ -342,19 +364,23 @@ def _update(
         )
         if changes.num_removed:
             progress.note(f"left out {changes.num_removed:,} samples of the source that were removed from this cache")
+
         parts = list(info.parts)
+        old_digests = [part.digest for part in parts]
         if changes.num_new or changes.relocated:
             check_allowed(cache_path, info, changes, extend=extend, accept_replaced=accept_replaced)
             parts = _relocated_parts(cache_path, info, changes, folder)
-        elif not info.is_partial and changes.digests != [part.digest for part in parts]:
+        elif not info.is_partial and changes.digests != old_digests:
             raise source_changed(cache_path, info, "columns or languages of its samples differ")
         if changes.num_new:
-            before = Table(cache_path, info.files(SAMPLES))
-            parts.append(writer.close(changes.new_digest, before))
+            earlier_samples = Table(cache_path, info.files(SAMPLES))
+            parts.append(writer.close(changes.new_digest, earlier_samples))
 
+        # The source was compared without the lock, so another process may have written changes meanwhile.
         with locked(cache_path):
             if read_info(cache_path) != info:
                 return None
+
             if parts != list(info.parts):
                 put_tables(folder, cache_path, parts)
                 info = info.next_version(parts)
@@ -364,19 +390,25 @@ def _update(
 
 
 def _relocated_parts(cache_path: Path, info: CacheInfo, changes: "SourceChanges", folder: Path) -> list[Part]:
-    """Return the parts with the digests of their samples now; items of which other bytes are read get new files."""
-    changed = {modality: np.array(sorted(moved)) for modality, moved in changes.relocated.items()}
-    edits = {modality: partial(relocate, relocated=moved) for modality, moved in changes.relocated.items()}
+    """Return the parts with the current digests of their samples. Tables with relocated items get new files."""
+    changed = {}
+    edits = {}
+    for modality, items in changes.relocated.items():
+        changed[modality] = np.array(sorted(items))
+        edits[modality] = partial(relocate, relocated=items)
+
     parts: list[Part] = []
-    for part, now in zip(rewrite_parts(cache_path, info, folder, changed, edits), changes.digests, strict=True):
-        if info.is_partial:  # the source's samples may be more: the digest follows what was replaced
-            now = digest([part.digest, now]) if changes.relocated else part.digest
-        parts.append(Part(digest=now, tables=part.tables))
+    new_parts = rewrite_parts(cache_path, info, folder, changed, edits)
+    for part, samples_digest in zip(new_parts, changes.digests, strict=True):
+        # The source of a partial cache may have more samples, so the new digest depends on the old one.
+        if info.is_partial:
+            samples_digest = digest([part.digest, samples_digest]) if changes.relocated else part.digest
+        parts.append(Part(digest=samples_digest, tables=part.tables))
     return parts
 
 
 def _ignore(_: list[Sample]) -> None:
-    """Ignore samples: they are read to be compared or counted only."""
+    """Ignore samples, which are read only to be compared or counted."""
 
 
 @dataclass(kw_only=True)
@@ -385,10 +417,11 @@ class SourceChanges:
 
     Args:
         digests: SHA-256 of the current samples of each part.
-        relocated: modality -> row -> new location of the item's bytes, or their new length; empty if there are none.
+        relocated: modality -> row -> item, for items whose bytes have a new location or length. Other modalities are
+            absent.
         num_new: number of samples that the cache does not have.
-        new_digest: SHA-256 of those samples.
-        num_removed: number of samples that were removed from the cache, and that the source still has.
+        new_digest: SHA-256 of the new samples.
+        num_removed: number of samples of the source that were removed from the cache.
     """
 
     digests: Sequence[str]
@@ -410,10 +443,11 @@ def find_changes(
 ) -> SourceChanges:
     """Compare a source with a cache, sample by sample. Memory: one batch.
 
-    The samples of each part must come in its order; new samples may be anywhere between them, as new files in a
-    sorted folder do; `on_new` gets them in batches. Beyond the first `max_new` they are ignored, and the source is read
-    only until those and the cache's own samples were found. Samples that were removed from the cache are passed over.
-    With `extend` new samples are expected, and progress has no total: a source does not say how many samples it has.
+    The samples of each part must come in its order. New samples may be anywhere between them, like new files in a
+    sorted folder, and `on_new` gets them in batches. Beyond the first `max_new` they are ignored, and the source is
+    read only until these and all samples of the cache have come. Samples that were removed from the cache are skipped.
+    With `extend`, new samples are expected, and progress has no total, because a source does not know its number of
+    samples.
 
     Raises:
         FingerprintError: a sample is missing or out of order, or has other captions or files.
@@ -421,38 +455,52 @@ def find_changes(
     removed = read_removed(cache_path, info)
     parts = [_PartReader(cache_path, info, number, removed) for number in range(len(info.parts))]
     new_digest = hashlib.sha256()
-    new: list[Sample] = []
-    num_new = num_removed = 0
+    new_samples: list[Sample] = []
+    num_new = 0
+    num_removed = 0
     relocated = defaultdict[str, dict[int, FileItem]](dict)
+
     progress.start("comparing samples", 0 if extend else info.num_samples, "samples")
     for sample in samples:
-        part = next((part for part in parts if part.next is not None and part.next.key == sample.key), None)
+        part = _find_part(parts, sample.key)
         if part is not None:
-            for modality, moved in part.compare(sample).items():
-                relocated[modality] |= moved
+            for modality, items in part.compare(sample).items():
+                relocated[modality] |= items
         elif removed.row_of(sample.key) is not None:
             num_removed += 1
         elif num_new != max_new:
             num_new += 1
             new_digest.update(digest_input([sample]))
-            new.append(sample)
-            if len(new) == BATCH:
-                on_new(new)
-                new = []
+            new_samples.append(sample)
+            if len(new_samples) == BATCH:
+                on_new(new_samples)
+                new_samples = []
         progress.advance(1)
+
+        # A source may be long: nothing after the last expected sample is read.
         if num_new == max_new and all(part.next is None for part in parts):
             break
     progress.finish()
+
+    # The digests come first: they raise an error if the source lacks a sample.
     digests = [part.close() for part in parts]
-    if new:
-        on_new(new)
+    if new_samples:
+        on_new(new_samples)
     return SourceChanges(
         digests=digests,
-        relocated={modality: moved for modality, moved in relocated.items() if moved},
+        relocated={modality: items for modality, items in relocated.items() if items},
         num_new=num_new,
         new_digest=new_digest.hexdigest(),
         num_removed=num_removed,
     )
+
+
+def _find_part(parts: Sequence["_PartReader"], key: str) -> "_PartReader | None":
+    """Return the part whose next sample has a key."""
+    for part in parts:
+        if part.next is not None and part.next.key == key:
+            return part
+    return None
 
 
 def digest_samples(
@@ -463,28 +511,30 @@ def digest_samples(
     on_batch: Callable[[list[Sample]], None],
     progress: Progress,
 ) -> str:
-    """Read the samples of a source; return the SHA-256 of them. Memory: one batch.
+    """Read the samples of a source and return their SHA-256. Memory: one batch.
 
     Args:
-        step: what progress calls it.
-        num_samples: number of samples that are expected; 0: unknown.
-        limit: the most samples to read; None: all.
-        on_batch: gets the samples.
+        step: name of this step in the progress.
+        num_samples: expected number of samples, or 0 if it is unknown.
+        limit: largest number of samples to read (all if None).
+        on_batch: function that is called with each batch of samples.
     """
-    hashed, samples = hashlib.sha256(), islice(source.samples(), limit)
+    samples_digest = hashlib.sha256()
+    samples = islice(source.samples(), limit)
     progress.start(step, num_samples, "samples")
     while batch := list(islice(samples, BATCH)):
-        hashed.update(digest_input(batch))
+        samples_digest.update(digest_input(batch))
         on_batch(batch)
         progress.advance(len(batch))
     progress.finish()
+
     skipped: Mapping[str, int] = getattr(source, "skipped", {})
     if skipped:
-        kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(skipped.items(), key=lambda pair: -pair[1])[:5])
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in Counter(skipped).most_common(5))
         more = f", and {len(skipped) - 5} more kinds" if len(skipped) > 5 else ""
         files = pluralize(sum(skipped.values()), "file")
         progress.note(f"skipped {files} of kinds that samples do not have: {kinds}{more}")
-    return hashed.hexdigest()
+    return samples_digest.hexdigest()
 
 
 def source_changed(
@@ -512,13 +562,16 @@ def check_allowed(
             f"append them with --extend, leave them out with --limit {info.num_samples}, or extract into a new folder"
         )
         raise source_changed(cache_path, info, f"it has {changes.num_new:,} more", next_step=step)
+
     for modality, relocated in changes.relocated.items():
-        used = next(_used_rows(cache_path, info, modality, sorted(relocated)), None)
-        if used is not None:
-            path = relocated[used].path
-            reason = f"other bytes in {len(relocated):,} of its {noun(modality)}, such as {path} in row {used:,}"
+        row = next(_used_rows(cache_path, info, modality, sorted(relocated)), None)
+        if row is not None:
+            path = relocated[row].path
+            reason = f"other bytes in {len(relocated):,} of its {noun(modality)}, such as {path} in row {row:,}"
             step = "put the old files back, or extract into a new folder"
             raise source_changed(cache_path, info, reason, next_step=step)
+
+    # No feature was computed from the other items: all encoders failed on them.
     for modality, relocated in changes.relocated.items():
         if not accept_replaced:
             reason = f"{len(relocated):,} of its failed {noun(modality)} have other bytes now"
@@ -526,16 +579,28 @@ def check_allowed(
 
 
 def _used_rows(cache_path: Path, info: CacheInfo, modality: str, rows: Sequence[int]) -> Iterator[int]:
-    """Iterate over the items that any feature was computed from. Memory: the commits of one chunk."""
+    """Iterate over the rows from which any feature was computed. Memory: the commits of one chunk."""
     groups = Cache(cache_path).encoders(modality)
     for chunk, chunk_rows in groupby(rows, key=lambda row: row // info.chunk_size):
-        commits = [commit for group in groups if (commit := group.commit(chunk)) is not None]
-        failures = [reasons for commit in commits for reasons in commit.failures.values()]
-        yield from (row for row in chunk_rows if any(reasons[row % info.chunk_size] is None for reasons in failures))
+        failures: list[Sequence[str | None]] = []
+        for group in groups:
+            commit = group.commit(chunk)
+            if commit is not None:
+                failures += commit.failures.values()
+
+        for row in chunk_rows:
+            if any(reasons[row % info.chunk_size] is None for reasons in failures):
+                yield row
 
 
 class _IndexedSample(NamedTuple):
-    """One sample of the tables of a cache; `files` are modality -> first row of its items, and the items."""
+    """One sample of the tables of a cache.
+
+    Args:
+        key: its key.
+        texts: its captions.
+        files: modality -> row of its first item, and its items.
+    """
 
     key: str
     texts: list[str]
@@ -547,26 +612,38 @@ class _PartReader:
 
     def __init__(self, cache_path: Path, info: CacheInfo, number: int, removed: RemovedSamples) -> None:
         self._digest = hashlib.sha256()
-        self._cache_path, self._info, self._number = cache_path, info, number
-        self._stored = self._read(set(removed.rows.tolist()))
-        self.next: _IndexedSample | None = next(self._stored, None)
+        self._cache_path = cache_path
+        self._info = info
+        self._number = number
+        self._samples = self._read(set(removed.rows.tolist()))
+        self.next: _IndexedSample | None = next(self._samples, None)
 
-    def _read(self, left_out: Collection[int]) -> Iterator[_IndexedSample]:
+    def _read(self, removed_rows: Collection[int]) -> Iterator[_IndexedSample]:
         """Iterate over the samples that were not removed."""
-        part, before = self._info.parts[self._number], self._info.parts[: self._number]
-        first_sample = sum(each.num_samples for each in before)
-        first_rows = Counter(count_rows(before))
-        tables = {name: self._iterate_rows(file, name) for name, file in part.tables.items()}
-        keys = tables.pop(SAMPLES)
-        items = {name: _group_by_sample(rows, first_sample) for name, rows in tables.items()}
+        part = self._info.parts[self._number]
+        earlier_parts = self._info.parts[: self._number]
+        first_sample = sum(earlier_part.num_samples for earlier_part in earlier_parts)
+        first_rows = Counter(count_rows(earlier_parts))
 
-        for sample, row in enumerate(keys, first_sample):
-            own = {name: next(groups) for name, groups in items.items()}
-            texts = [each["text"] for each in own.pop("text", [])]
-            files = {name: (first_rows[name], [to_file_item(each) for each in rows]) for name, rows in own.items()}
-            if sample not in left_out:
-                yield _IndexedSample(row["key"], texts, files)
-            first_rows.update({name: len(rows) for name, rows in own.items()})
+        items = {}
+        for name, file in part.tables.items():
+            if name != SAMPLES:
+                items[name] = _group_by_sample(self._iterate_rows(file, name), first_sample)
+
+        # All tables are read in step, one sample at a time.
+        keys = self._iterate_rows(part.tables[SAMPLES], SAMPLES)
+        for sample, key in enumerate(keys, first_sample):
+            texts: list[str] = []
+            files = {}
+            for name, groups in items.items():
+                rows = next(groups)
+                if name == "text":
+                    texts = list(map(itemgetter("text"), rows))
+                else:
+                    files[name] = (first_rows[name], list(map(to_file_item, rows)))
+                    first_rows[name] += len(rows)
+            if sample not in removed_rows:
+                yield _IndexedSample(key["key"], texts, files)
 
     def _iterate_rows(self, file: TableFile, name: str) -> Iterator[Mapping[str, Any]]:
         table = Table(self._cache_path, [file], ITEM_SCHEMAS.get(name))
@@ -574,29 +651,37 @@ class _PartReader:
             yield from rows.to_pylist()
 
     def compare(self, sample: Sample) -> dict[str, dict[int, FileItem]]:
-        """Compare the next sample; return modality -> row -> item for the items with other bytes."""
+        """Compare the next sample, and return modality -> row -> item for the items with other bytes."""
         assert self.next is not None
-        stored, self.next = self.next, next(self._stored, None)
+        indexed_sample = self.next
+        self.next = next(self._samples, None)
         self._digest.update(digest_input([sample]))
-        if [text.text for text in sample.texts] != stored.texts:
+
+        captions = [item.text for item in sample.texts]
+        if captions != indexed_sample.texts:
             step = (
                 f"{self._removal()}, then append the changed sample under another key with --extend; or extract into a "
                 "new folder"
             )
             reason = f"sample {sample.key!r} has other captions"
             raise source_changed(self._cache_path, self._info, reason, next_step=step)
+
         relocated: dict[str, dict[int, FileItem]] = {}
         for modality in FILE_MODALITIES:
-            first_row, old_items = stored.files.get(modality.name, (0, []))
+            first_row, old_items = indexed_sample.files.get(modality.name, (0, []))
             new_items = sample.items_in_files(modality.name)
-            if [_identity(item) for item in new_items] != [_identity(item) for item in old_items]:
+            if list(map(_identity, new_items)) != list(map(_identity, old_items)):
                 raise source_changed(self._cache_path, self._info, f"sample {sample.key!r} has other {modality.noun}")
-            pairs = zip(new_items, old_items, strict=True)
-            relocated[modality.name] = {row: new for row, (new, old) in enumerate(pairs, first_row) if new != old}
+
+            # The items are the same, but the place of their bytes may differ.
+            relocated[modality.name] = {}
+            for row, (new_item, old_item) in enumerate(zip(new_items, old_items, strict=True), first_row):
+                if new_item != old_item:
+                    relocated[modality.name][row] = new_item
         return relocated
 
     def close(self) -> str:
-        """Return the SHA-256 of the samples as the source has them now; FingerprintError if it lacks any."""
+        """Return the SHA-256 of the current samples of the source. Raises FingerprintError if it lacks any."""
         if self.next is not None:
             reason = f"sample {self.next.key!r} is missing or out of order"
             step = f"if it was deleted, {self._removal()}; or extract into a new folder"
@@ -610,7 +695,7 @@ class _PartReader:
 
 
 def _group_by_sample(rows: Iterator[Mapping[str, Any]], first_sample: int) -> Iterator[list[Mapping[str, Any]]]:
-    """Iterate over the rows of each sample of an item table, which is sorted by sample; without end."""
+    """Iterate over the rows of each sample of an item table, which is sorted by sample. The iterator has no end."""
     next_sample = first_sample
     for sample, group in groupby(rows, key=itemgetter("sample")):
         yield from repeat([], sample - next_sample)
@@ -620,5 +705,5 @@ def _group_by_sample(rows: Iterator[Mapping[str, Any]], first_sample: int) -> It
 
 
 def _identity(item: FileItem) -> tuple[str, float | None, float | None]:
-    """Return what an item is, wherever its bytes are in its file."""
+    """Return the path and the interval of an item, without the place of its bytes in the file."""
     return item.path, item.start_s, item.stop_s
