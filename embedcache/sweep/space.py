@@ -27,20 +27,21 @@ from embedcache.train.settings import TrainSettings, train_settings
 from embedcache.train.trainer import check_trackers
 
 Value: TypeAlias = str | int | float | bool
-"""A value of a setting, as Optuna stores it; a list is text there, such as `4,8`."""
+"""A value of a setting, as Optuna stores it. A list is stored as a string, such as `4,8`."""
 
 _SETTINGS = {item.name: item for item in flat_settings(TrainSettings)}
 _EXAMPLE = "lr = {low = 1e-4, high = 1e-2, log = true}, or projector = ['linear', 'mlp']"
 _NO_EFFECT = "it cannot improve a trial"
+_SPLIT_SETTINGS = [item.name for item in flat_settings(SplitSettings)]
 _FIXED_ONLY = {
     **dict.fromkeys(
-        (*(item.name for item in flat_settings(SplitSettings)), "language", "shuffle_pairs", "shuffle_prototypes"),
+        (*_SPLIT_SETTINGS, "language", "shuffle_pairs", "shuffle_prototypes"),
         "all trials are compared on the same validation samples",
     ),
     "seed": "the best seed means nothing, and --seeds-per-config retrains the best configurations",
     "device": _NO_EFFECT,
 }
-"""Settings that are the same in all trials -> why."""
+"""Setting that is the same in all trials -> reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,7 @@ class Space:
     Args:
         fixed: name of a setting -> value.
         ranges: name -> distribution: numbers from `low` to `high`, both inclusive, or choices.
-        lists: choices that are lists: name -> the choice as text, such as `4,8` -> the list.
+        lists: choices that are lists: name -> the choice as Optuna stores it, such as `4,8` -> the list.
     """
 
     fixed: Mapping[str, Value]
@@ -58,32 +59,37 @@ class Space:
     lists: Mapping[str, Mapping[str, list[Any]]] = field(default_factory=dict)
 
     def settings(self, values: Mapping[str, Value]) -> TrainSettings:
-        """Return the training settings with values of the swept settings; contradictions raise a `SettingError`."""
-        swept = {
-            name: self.lists.get(name, {}).get(value, value) if isinstance(value, str) else value
-            for name, value in values.items()
-        }
+        """Return the training settings with values of the swept settings. Contradictions raise a `SettingError`."""
+        swept: dict[str, Any] = dict(values)
+        for name, lists in self.lists.items():
+            if name in swept:
+                swept[name] = lists.get(swept[name], swept[name])
         return train_settings({**self.fixed, **swept})
 
     def max_epochs(self) -> int:
         """Return the largest number of epochs that a trial can have."""
         if "epochs" not in self.ranges:
             return self.settings({}).optimizer.epochs
+
         return int(max(_ends(self.ranges["epochs"])))
 
     def to_json(self) -> Mapping[str, Any]:
         """Return everything that decides the trials as JSON values."""
         fixed = {name: value for name, value in self.fixed.items() if _SETTINGS[name].affects_result}
-        ranges = {name: json.loads(distribution_to_json(values))["attributes"] for name, values in self.ranges.items()}
+        ranges = {}
+        for name, values in self.ranges.items():
+            ranges[name] = json.loads(distribution_to_json(values))["attributes"]
         return {"fixed": fixed, "space": ranges}
 
 
 def read_space(path: Path) -> Space:
-    """Read a space: the table `[fixed]` with values, `[space]` with ranges and choices; `split_seed` defaults to 0.
+    """Read a space: the table `[fixed]` with values, and `[space]` with ranges and choices.
+
+    The default of `split_seed` is 0, so that the split does not depend on the seed of training.
 
     Raises:
         PathError: the file does not exist.
-        SettingError: it is not TOML, or holds a value, range or choice that the setting cannot have.
+        SettingError: it is not TOML, or contains a value, range or choice that the setting cannot have.
         UnknownNameError: there is no setting, projector or loss of that name.
     """
     tables = _read_tables(path)
@@ -92,15 +98,15 @@ def read_space(path: Path) -> Space:
     for name in {**fixed, **swept}:
         _check_name(path, name, fixed, swept)
 
-    space = Space(
-        fixed={"split_seed": 0, **fixed},
-        ranges={name: _parse_range(f"{path}: {name} in [space]", value) for name, value in swept.items()},
-        lists={
-            name: {str(_choice(choice)): choice for choice in value if isinstance(choice, list)}
-            for name, value in swept.items()
-            if isinstance(value, list)
-        },
-    )
+    ranges = {}
+    lists = {}
+    for name, value in swept.items():
+        ranges[name] = _parse_range(f"{path}: {name} in [space]", value)
+        if isinstance(value, list):
+            lists[name] = {str(_choice(choice)): choice for choice in value if isinstance(choice, list)}
+    space = Space(fixed={"split_seed": 0, **fixed}, ranges=ranges, lists=lists)
+
+    # A value that training would reject is reported before the first trial.
     for name, value in space.fixed.items():
         _check_value(path, space, name, value)
     for name, values in space.ranges.items():
@@ -116,6 +122,7 @@ def _read_tables(path: Path) -> dict[str, dict[str, Any]]:
             raise SettingError(f"{path}: expected only the tables [fixed] and [space] at the top, got {name!r}")
     if not tables.get("space"):
         raise SettingError(f"{path}: expected settings to try in a table [space], got none; for example {_EXAMPLE}")
+
     return {name: with_underscores(path, table) for name, table in tables.items()}
 
 
@@ -125,6 +132,7 @@ def _check_name(path: Path, name: str, fixed: Mapping[str, Any], swept: Mapping[
         raise SettingError(f"{path}: expected settings of training, got the feature; give --feature to sweep instead")
     if name == "recipe":
         raise SettingError(f"{path}: expected settings to compare, got a recipe, which compares others; remove it")
+
     if name not in _SETTINGS:
         table = "fixed" if name in fixed else "space"
         raise unknown_name("training setting", name, _SETTINGS, where=f"in [{table}] of {path}")
@@ -142,23 +150,24 @@ def _check_name(path: Path, name: str, fixed: Mapping[str, Any], swept: Mapping[
 
 def _parse_range(location: str, value: Any) -> BaseDistribution:
     try:
+        # Optuna lowers a `high` that no step reaches, with a warning.
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # Optuna lowers a `high` that no step reaches
+            warnings.simplefilter("error")
             if isinstance(value, dict):
-                numbers = [number for name, number in value.items() if name != "log"]
-                is_whole = all(isinstance(number, int) for number in numbers)
+                is_whole = all(isinstance(number, int) for name, number in value.items() if name != "log")
                 return IntDistribution(**value) if is_whole else FloatDistribution(**value)
             if isinstance(value, list) and value:
-                return CategoricalDistribution([_choice(choice) for choice in value])
+                return CategoricalDistribution(list(map(_choice, value)))
     except (TypeError, ValueError, UserWarning) as error:
         raise SettingError(
             f"{location}: expected low and high with log or step, or a list of choices, got {value}: {error}"
         ) from error
+
     raise SettingError(f"{location}: expected a range or choices, such as {_EXAMPLE}, got {value!r}")
 
 
 def _choice(value: Any) -> Value:
-    """Return a choice as Optuna stores it, a list as on the command line."""
+    """Return a choice as Optuna stores it. A list is written as on the command line."""
     choice: Value = ",".join(map(str, value)) if isinstance(value, list) else value
     return choice
 
