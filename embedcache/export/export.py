@@ -31,7 +31,12 @@ class ExportReport:
 
     Args:
         differences: modality -> largest difference of the other library from the run in one component of a unit vector.
-        url: where it was uploaded to, if it was.
+        url: address of the uploaded model. None if it was not uploaded.
+
+    Example:
+        >>> report = embedcache.export_run("onnx", "run", "exported")
+        >>> max(report.differences.values()) < 1e-5, report.url
+        (True, None)
     """
 
     differences: Mapping[str, float]
@@ -55,11 +60,13 @@ def export_run(
     settings: ExportSettings | None = None,
     **options: Unpack["ExportOptions"],
 ) -> ExportReport:
-    """Export a run, and upload it if requested.
+    """Export a run for another library, so that it can be used without embedcache. Upload it if requested.
 
     Args:
         format_name: `onnx`, `open-clip`, `sentence-transformers` or `transformers`.
+        run: folder of the run.
         out: a new or empty folder.
+        settings: metrics for the model card, and the upload.
         options: settings by their names on the command line, which replace those of `settings`.
 
     Raises:
@@ -68,6 +75,11 @@ def export_run(
         SettingError: the format does not support the run or an option; the message says why.
         ArtifactError: the other library computes other vectors.
         MissingExtraError: the other library is not installed.
+
+    Example:
+        >>> report = embedcache.export_run("onnx", "run", "onnx-projectors")
+        >>> sorted(path.name for path in Path("onnx-projectors").iterdir())
+        ['README.md', 'image_projector.onnx', 'text_projector.onnx']
     """
     settings = merge_settings(ExportSettings, settings, options)
     out = Path(out)

@@ -17,7 +17,13 @@ _PUBLIC: dict[str, Any] = {
 
 
 class ExportSettings(Settings):
-    """Options of an export of a trained run; `towers` is an option of the onnx format only."""
+    """Settings of `export_run`. Only the onnx format has the setting `towers`.
+
+    Example:
+        >>> settings = ExportSettings(push_to_hub="my-name/photos-captions")
+        >>> settings.push_to_hub, settings.public  # a new repository is private
+        ('my-name/photos-captions', False)
+    """
 
     metrics: Path | None = setting(None, "JSON report of evaluate --output, for the model card.", metavar="FILE")
     push_to_hub: str | None = setting(

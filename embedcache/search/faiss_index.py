@@ -398,6 +398,11 @@ class IndexCard(Manifest):
         files: FAISS indexes, `index-N.faiss`, and the row of each of their vectors, `index-N.rows.npy`. There is one
             index, or with lists on disk several, each of which has a part of the vectors.
         format: version of the format on disk.
+
+    Example:
+        >>> card = embedcache.build_index("cache", "card-index", run="run")
+        >>> card.num_vectors, card.factory, card.recall_at_10 >= card.min_recall
+        (60, 'Flat', True)
     """
 
     cache: str

@@ -327,6 +327,13 @@ def build_index(
         PathError: the folder holds other files.
         UnfinishedError: chunks of the feature are missing.
         DataError: the feature has several vectors per item, or no valid item.
+
+    Example:
+        >>> card = embedcache.build_index("cache", "plain-index", feature="open_example/vector")
+        >>> card.num_vectors, card.width, card.factory
+        (60, 48, 'Flat')
+        >>> embedcache.search_index("plain-index", embedcache.Queries(keys="00003"), k=1)[0][0].key
+        '00003'
     """
     settings = merge_settings(IndexSettings, settings, options)
     index = Path(index)

@@ -61,6 +61,13 @@ class Queries:
         DataError: a text, image, item, key, row, concept or vector is of another type, or a text is empty.
         UnknownNameError: there is no such modality.
         SettingError: there is no query, or there are concepts without their cache.
+
+    Example:
+        >>> queries = Queries(texts="yellow bar right on black", keys="00003", rows=[5])
+        >>> queries.names
+        ['yellow bar right on black', '00003', 'row 5']
+        >>> [hits[0].key for hits in embedcache.search_index("index", queries, k=1)]
+        ['00000', '00003', '00005']
     """
 
     texts: Sequence[str] = ()

@@ -77,6 +77,11 @@ class Hit:
             caption.
         label: label of its sample, in the column `label` or another that was named, if the cache has it.
         languages: languages of all captions, starting with the language of `captions`. None is an unknown language.
+
+    Example:
+        >>> hit = embedcache.search_index("index", "yellow bar right on black", k=1)[0][0]
+        >>> hit.key, hit.path, hit.captions
+        ('00000', '00000.png', ['yellow bar right on black'])
     """
 
     score: float
@@ -101,6 +106,13 @@ class Hits(list[Hit]):
         query: name of the query: its text, path, key or concept, or the number of its image, row or vector.
         cache: cache of the items.
         modality: modality of the items.
+
+    Example:
+        >>> hits = embedcache.search_index("index", "yellow bar right on black", k=3)[0]
+        >>> hits.query, len(hits)
+        ('yellow bar right on black', 3)
+        >>> hits[0].score > hits[1].score
+        True
     """
 
     def __init__(self, hits: Iterable[Hit], *, query: str, cache: Cache, modality: str) -> None:
@@ -122,7 +134,15 @@ class Hits(list[Hit]):
 
 
 class SearchResults(list[Hits]):
-    """The hits of each query, in the order of the queries: a list, shown with thumbnails in a notebook."""
+    """The hits of each query, in the order of the queries: a list, shown with thumbnails in a notebook.
+
+    Example:
+        >>> results = embedcache.search_index("index", ["yellow bar right on black", "black bar bottom on yellow"], k=2)
+        >>> [hits.query for hits in results]
+        ['yellow bar right on black', 'black bar bottom on yellow']
+        >>> results.to_pandas()["query"].value_counts().tolist()
+        [2, 2]
+    """
 
     def to_pandas(self) -> "pandas.DataFrame":
         """Return a data frame with a row per hit: `query`, and the columns of `Hit`.
@@ -291,7 +311,7 @@ def search(
     progress: AnyProgress = None,
     **options: Unpack["SearchOptions"],
 ) -> SearchResults:
-    """Search an index.
+    """Search an index for the items nearest to each query.
 
     Args:
         index: index built by `build_index`; to search more than once, an `OpenIndex`, which is opened once.
@@ -306,6 +326,14 @@ def search(
 
     Raises:
         SettingError, DataError, UnknownNameError, FingerprintError, PathError, CorruptError: see `OpenIndex`.
+
+    Example:
+        >>> (hits,) = embedcache.search_index("index", "yellow bar right on black", k=3)
+        >>> hits[0].key, hits[0].captions
+        ('00000', ['yellow bar right on black'])
+        >>> (hits,) = embedcache.search_index("index", embedcache.Queries(keys="00048"), k=1)
+        >>> hits[0].captions
+        ['black bar bottom on yellow']
     """
     settings = merge_settings(SearchSettings, settings, options)
     progress = to_progress(progress)
@@ -347,6 +375,14 @@ class OpenIndex:
             another space.
         UnknownNameError: the cache has no column of that name, other than the default.
         CorruptError: the card or a file of the index has changed.
+
+    Example:
+        >>> index = embedcache.OpenIndex("index")
+        >>> len(index.rows), index.card.factory
+        (60, 'Flat')
+        >>> results = index.search(embedcache.Queries(texts="yellow bar right on black", keys="00048"), k=1)
+        >>> [hits[0].key for hits in results]
+        ['00000', '00048']
     """
 
     def __init__(

@@ -36,7 +36,13 @@ ADAPTER: dict[str, Any] = {
 
 
 class IndexSettings(Settings):
-    """Settings of an index: what is indexed, and which kind of index is built."""
+    """Settings of an index: what is indexed, and which kind of index is built.
+
+    Example:
+        >>> settings = IndexSettings(run="run", factory="Flat")
+        >>> embedcache.build_index("cache", "exact-index", settings).recall_at_10
+        1.0
+    """
 
     modality: ModalityName = setting("image", "Modality of the items to index.")
     feature: str | None = setting(None, FEATURE_HELP, metavar="NAME", default_text=FEATURE_DEFAULT)
@@ -76,7 +82,13 @@ class IndexSettings(Settings):
 
 
 class Filter(Settings):
-    """Filter of the items that a search may return; all conditions must hold."""
+    """Filter of the items that a search may return. All conditions must hold.
+
+    Example:
+        >>> settings = SearchSettings(k=1, filter=Filter(where="key > '00000'"))
+        >>> embedcache.search_index("index", "yellow bar right on black", settings)[0][0].key
+        '00034'
+    """
 
     where: str | None = setting(**WHERE)
     label_value: tuple[str, ...] = setting(
@@ -98,7 +110,13 @@ class Filter(Settings):
 
 
 class SearchSettings(Settings):
-    """Settings of a search: how many results it returns, which items they come from, and where encoders run."""
+    """Settings of a search: how many results it returns, which items they come from, and where encoders run.
+
+    Example:
+        >>> settings = SearchSettings(k=1, match="words")  # without any encoder
+        >>> embedcache.search_index("index", "yellow bar right on black", settings)[0][0].captions
+        ['yellow bar right on black']
+    """
 
     k: int | None = setting(None, "Results per query.", ge=1, default_text="10, or all items if fewer")
     match: Match = setting(

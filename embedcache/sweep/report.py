@@ -60,6 +60,14 @@ class SweepReport:
         left_out: number of a top trial whose configuration fails with another seed -> reason.
         importance: swept setting -> fraction of the variance of scores, the largest first; empty with too few trials.
         command: command that trains the winner again, to the same weights.
+
+    Example:
+        >>> settings = embedcache.SweepSettings(sampler="grid", top_configs=1, seeds_per_config=1)
+        >>> report = embedcache.sweep_projectors("cache", "study", "space.toml", settings=settings)
+        >>> len(report.trials), len(report.best), report.page_path.name
+        (2, 1, 'report.html')
+        >>> report.winner.mean_score == sum(report.winner.scores) / len(report.winner.scores)
+        True
     """
 
     path: Path

@@ -9,7 +9,13 @@ Pruner: TypeAlias = Literal["none", "median", "hyperband"]
 
 
 class SweepSettings(Settings):
-    """Settings of a sweep: how a space is searched."""
+    """Settings of a sweep: how a space is searched.
+
+    Example:
+        >>> settings = SweepSettings(sampler="grid", top_configs=1, seeds_per_config=1)
+        >>> len(embedcache.sweep_projectors("cache", "study", "space.toml", settings=settings).trials)
+        2
+    """
 
     trials: int = setting(50, "Trials of the study, by all workers together; pruned and failed ones count.", ge=1)
     sampler: Sampler = setting(

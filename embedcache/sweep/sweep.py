@@ -49,6 +49,20 @@ def sweep(
         FingerprintError: the folder's study has another space, other features, another sampler or pruner.
         PathError: the folder contains other files, or the storage cannot be opened.
         UnfinishedError: a feature has missing chunks, or all workers died.
+
+    Example:
+        >>> print(Path("space.toml").read_text())
+        [fixed]
+        split = "key"
+        epochs = 1
+        [space]
+        lr = [0.001, 0.01]
+        >>> settings = embedcache.SweepSettings(sampler="grid", top_configs=1, seeds_per_config=1)
+        >>> report = embedcache.sweep_projectors("cache", "study", "space.toml", settings=settings)
+        >>> report.counts()
+        {'complete': 2, 'pruned': 0, 'failed': 0}
+        >>> report.winner.params["lr"] in (0.001, 0.01)
+        True
     """
     for library in ("optuna", "sklearn"):  # scikit-learn is needed only at the end, to measure importance
         require(library, extra="sweep")
