@@ -14,6 +14,10 @@ EmbedcacheError
     ├── FingerprintError                made by another encoder, source or run than requested
     ├── UnfinishedError                 chunks are missing
     └── CorruptError                    bytes that differ from their checksum
+
+Example:
+    >>> issubclass(UnfinishedError, ArtifactError), issubclass(UnfinishedError, ValueError)
+    (True, True)
 """
 
 import faulthandler
@@ -41,60 +45,145 @@ class EmbedcacheError(Exception):
 
 
 class UnknownNameError(EmbedcacheError, LookupError):
-    """An unknown name."""
+    """An unknown name. The message lists the known ones.
+
+    Example:
+        >>> embedcache.Cache("cache").feature("image", "dinov2/cls")
+        Traceback (most recent call last):
+        embedcache.errors.UnknownNameError: unknown image feature 'dinov2/cls' of cache; known: open_example/vector
+    """
 
 
 class AmbiguousNameError(UnknownNameError):
-    """A name of several features of `modality`, or none where there are several."""
+    """A name of several features of `modality`, or no name although there are several.
+
+    Example:
+        >>> embedcache.Cache("views-cache").feature("image")
+        Traceback (most recent call last):
+        embedcache.errors.AmbiguousNameError: ...name one of these features: open_example/vector, ...
+    """
 
     modality = ""
 
 
 class SettingError(EmbedcacheError, ValueError):
-    """A setting out of its range, or contradictory settings."""
+    """A setting out of its range, or contradictory settings.
+
+    Example:
+        >>> embedcache.train_projectors("cache", "run", epochs=-1)
+        Traceback (most recent call last):
+        embedcache.errors.SettingError: epochs: expected a number greater than or equal to 0, got -1
+    """
 
 
 class MissingExtraError(EmbedcacheError, ImportError):
-    """An optional package is not installed."""
+    """An optional package is not installed. The message has the command that installs it.
+
+    Example:
+        >>> from embedcache.registry import require
+        >>> require("a_missing_package", extra="sweep")
+        Traceback (most recent call last):
+        embedcache.errors.MissingExtraError: ...run: python -m pip install 'embedcache[sweep]'
+    """
 
 
 class PathError(EmbedcacheError, OSError):
-    """A path that is missing or is not what was expected."""
+    """A path that is missing or leads to something else than expected.
+
+    Example:
+        >>> embedcache.Cache("missing")
+        Traceback (most recent call last):
+        embedcache.errors.PathError: missing does not exist; make one with: embedcache extract SOURCE missing
+    """
 
 
 class DiskFullError(EmbedcacheError, OSError):
-    """No space is left where a stage writes."""
+    """No space is left where a stage writes. What was committed stays valid, so the same call resumes.
+
+    Example:
+        >>> encoder = "embedcache.testing.examples:open_example"
+        >>> plan = embedcache.plan_extraction("photos", "planned-cache", image_encoder=encoder)
+        >>> from dataclasses import replace
+        >>> replace(plan, free_bytes=0).check_space()  # as on a full disk
+        Traceback (most recent call last):
+        embedcache.errors.DiskFullError: planned-cache: expected ... of free disk space, got 0.00 MB; ...
+    """
 
 
 class SourceError(EmbedcacheError, ValueError):
-    """Raw samples that cannot be indexed."""
+    """Raw samples that cannot be indexed.
+
+    Example:
+        >>> embedcache.open_source("empty")
+        Traceback (most recent call last):
+        embedcache.errors.SourceError: empty contains no image, recording, video, point cloud, .tar or table; ...
+    """
 
 
 class ItemError(EmbedcacheError, ValueError):
     """A raw item that cannot be read. Its message is the reason stored with the row.
 
     Failures are counted by their kind, the part before the first colon. It has no paths or numbers.
+
+    Example:
+        >>> from embedcache.sources.images import decode_image
+        >>> decode_image(b"not an image")
+        Traceback (most recent call last):
+        embedcache.errors.ItemError: not an image (JPEG, PNG, WEBP, GIF, BMP, TIFF)
     """
 
 
 class DataError(EmbedcacheError, ValueError):
-    """Arrays of an unexpected shape, dtype or value."""
+    """Arrays or other data of an unexpected shape, dtype or value.
+
+    Example:
+        >>> embedcache.Cache("cache").feature("image").gather([99])
+        Traceback (most recent call last):
+        embedcache.errors.DataError: feature open_example/vector: expected rows from 0 to 11, got 99
+    """
 
 
 class ArtifactError(EmbedcacheError, ValueError):
-    """An artifact on disk that does not fit the request."""
+    """An artifact on disk that does not fit the request, such as a cache, a run or an index.
+
+    Example:
+        >>> try:
+        ...     embedcache.Cache("half-cache").feature("image").load()
+        ... except ArtifactError as error:
+        ...     print(type(error).__name__)
+        UnfinishedError
+    """
 
 
 class FingerprintError(ArtifactError):
-    """An artifact made by another encoder, source or run than requested."""
+    """An artifact made by another encoder, source or run than requested.
+
+    Example:
+        >>> encoder = "embedcache.testing.examples:open_example"
+        >>> embedcache.extract_features("other-photos", "cache", image_encoder=encoder)
+        Traceback (most recent call last):
+        embedcache.errors.FingerprintError: cache cache has other samples than this source has now: ...
+    """
 
 
 class UnfinishedError(ArtifactError):
-    """Chunks are missing."""
+    """Chunks are missing, such as after an extraction that was interrupted.
+
+    Example:
+        >>> embedcache.Cache("half-cache").feature("image").load()
+        Traceback (most recent call last):
+        embedcache.errors.UnfinishedError: feature open_example/vector is not finished: 1 of 3 chunks is missing; ...
+    """
 
 
 class CorruptError(ArtifactError):
-    """Bytes that differ from their checksum."""
+    """Bytes that differ from their checksum.
+
+    Example:
+        >>> embedcache.Cache("damaged-cache").feature("image").load()
+        Traceback (most recent call last):
+        embedcache.errors.CorruptError: ...; repair it with: embedcache verify CACHE --repair
+    """
 
 
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
