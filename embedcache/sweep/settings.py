@@ -9,7 +9,7 @@ Pruner: TypeAlias = Literal["none", "median", "hyperband"]
 
 
 class SweepSettings(Settings):
-    """Settings of a sweep: how a space is searched.
+    """Settings of a sweep, which decide how a space is searched.
 
     Example:
         >>> settings = SweepSettings(sampler="grid", top_configs=1, seeds_per_config=1)

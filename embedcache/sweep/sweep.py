@@ -33,8 +33,8 @@ def sweep(
 ) -> SweepReport:
     """Train with many settings, retrain the best ones with several seeds, and report.
 
-    Configurations are selected on validation and reported on test. Features are read once for all trials of a process;
-    several processes map them. The same call resumes an interrupted study, and extends it if more trials are requested.
+    Configurations are selected on validation and reported on test. Features are read once for all trials of a process.
+    Several processes map them. The same call resumes an interrupted study, and extends it if more trials are requested.
     Several processes with one study share its trials.
 
     Args:
@@ -64,25 +64,31 @@ def sweep(
         >>> report.winner.params["lr"] in (0.001, 0.01)
         True
     """
-    for library in ("optuna", "sklearn"):  # scikit-learn is needed only at the end, to measure importance
+    # scikit-learn is needed only at the end, to measure importance.
+    for library in ("optuna", "sklearn"):
         require(library, extra="sweep")
     from embedcache.sweep.space import read_space
     from embedcache.sweep.study import check_storage, make_grid_points, manifest_path, open_study
     from embedcache.sweep.trials import StudyJob, collect_report, draw_study, run_workers, work
 
     settings = merge_settings(SweepSettings, settings, options)
-    folder, progress = Path(study), to_progress(progress)
-    searched = read_space(Path(space))
-    make_grid_points(searched, settings)  # rejects an infinite grid before a folder is created
-    if settings.storage is not None and not manifest_path(folder).is_file():  # which would keep a wrong URL
+    folder = Path(study)
+    progress = to_progress(progress)
+
+    # An infinite grid or a wrong URL is rejected before the study is created, which would keep it.
+    search_space = read_space(Path(space))
+    make_grid_points(search_space, settings)
+    if settings.storage is not None and not manifest_path(folder).is_file():
         check_storage(settings.storage)
-    memory = searched.settings({}).machine.memory
+
+    memory = search_space.settings({}).machine.memory
     data = open_data(caches, feature, memory_bytes=memory, progress=progress)
-    searched = _with_block_rows(searched, data)
+    search_space = _with_block_rows(search_space, data)
     with writing(folder):
-        opened = open_study(folder, data, searched, settings, progress=progress)
+        manifest = open_study(folder, data, search_space, settings, progress=progress)
         paths = tuple(str(cache.path) for cache in data.caches)
-        job = StudyJob(caches=paths, path=folder, study=opened, space=searched, settings=settings)
+        job = StudyJob(caches=paths, path=folder, study=manifest, space=search_space, settings=settings)
+
         with closing(job.trials()) as trials:
             if settings.workers > 1:
                 run_workers(job, progress)
@@ -90,6 +96,8 @@ def sweep(
             work(job, data, trials, progress)
             report = collect_report(job, data, trials)
             figures = draw_study(trials.optuna)
+
+        # Other processes may finish the same study.
         with locked(folder):
             write_record(report.json_path, sweep_json(report))
             write_page(report.page_path, present_sweep(report, figures))
@@ -97,7 +105,7 @@ def sweep(
 
 
 def _with_block_rows(space: "Space", data: TrainData) -> "Space":
-    """Fix the size of shuffled blocks by the size of the features alone.
+    """Fix the size of shuffled blocks by the size of the features only.
 
     Otherwise training would choose it by whether they are mapped, which depends on the number of workers.
     """

@@ -1,4 +1,4 @@
-"""The work of a sweep: run trials, retrain the top configurations with several seeds, and collect the findings."""
+"""The work of a sweep: run trials, retrain the top configurations with several seeds, and collect the results."""
 
 import shlex
 import time
@@ -74,11 +74,11 @@ class StudyJob:
 
 
 def run_workers(job: StudyJob, progress: Progress) -> None:
-    """Run the trials of a study in several processes until it is finished; if one dies, another repeats its trial.
+    """Run the trials of a study in several processes until it is finished. If one dies, another repeats its trial.
 
     Raises:
         UnfinishedError: all processes died.
-        EmbedcacheError: raised in one of them; the others are terminated.
+        EmbedcacheError: raised in one of them. The others are terminated.
     """
     count = job.settings.workers
     _, num_died = run_processes(_run_worker, [job] * count, progress)
@@ -94,7 +94,7 @@ def _run_worker(job: StudyJob, progress: Progress) -> None:
 
 
 def work(job: StudyJob, data: TrainData, trials: Trials, progress: Progress) -> None:
-    """Run trials until all are finished, then retrain the top configurations; other processes may do the same."""
+    """Run trials until all are finished, then retrain the top configurations. Other processes may do the same."""
     while (trial := trials.lease_next()) is not None:
         result = _run_trial(job, data, trials, trial)
 
@@ -106,19 +106,22 @@ def work(job: StudyJob, data: TrainData, trials: Trials, progress: Progress) -> 
 
 
 def _run_trial(job: StudyJob, data: TrainData, trials: Trials, trial: optuna.Trial) -> str:
-    """Train one trial and record its outcome: its best mean of R@1, R@5 and R@10 of both directions is the score."""
+    """Train one trial, and record its outcome. Its score is the best mean of R@1, R@5 and R@10 of both directions."""
     started = time.perf_counter()
     last_epoch = 0
 
     def on_epoch(epoch: int, score: float) -> None:
         nonlocal last_epoch
         last_epoch = epoch
-        if trials.use_pruner and epoch:  # a commit to SQLite takes 10 ms, as long as an epoch of a small cache
+
+        # Scores are stored only for a pruner: a commit to SQLite costs 10 ms, as much as an epoch of a small cache.
+        if trials.use_pruner and epoch:
             trial.report(score, epoch)
             if trial.should_prune():
                 raise optuna.TrialPruned
 
-    remove_run(job.path, trial.number)  # left by a storage that was deleted
+    # If the storage was deleted, its runs are still in the folder.
+    remove_run(job.path, trial.number)
     try:
         settings = job.run_settings(trial.params)
         report = _try_to_train(data, trial_path(job.path, trial.number), settings, on_epoch=on_epoch)
@@ -151,7 +154,8 @@ def _try_to_train(
     """Train, or return the reason why these settings cannot be trained, such as too little memory."""
     try:
         return train_on(data, run_path, settings, on_epoch=on_epoch)
-    except DiskFullError:  # not the fault of the settings
+    # Other settings would not help.
+    except DiskFullError:
         raise
     except (EmbedcacheError, MemoryError, RuntimeError) as error:
         if not (isinstance(error, EmbedcacheError) or is_out_of_memory(error)):
@@ -160,20 +164,21 @@ def _try_to_train(
 
 
 def top_trials(trials: Trials, settings: SweepSettings) -> list[FrozenTrial]:
-    """Return the best trials, each configuration once; if no trial is complete, a `SettingError` says why."""
+    """Return the best trials, each configuration once. Raise a `SettingError` if no trial is complete."""
     finished = trials.finished()
     top = rank_complete(finished)[: settings.top_configs]
     if not top:
-        failed = [trial for trial in finished if trial.state == TrialState.FAIL]
-        reason = f"trial {failed[0].number} failed: {get_reason(failed[0])}" if failed else "all were pruned"
+        failures = [trial for trial in finished if trial.state == TrialState.FAIL]
+        reason = f"trial {failures[0].number} failed: {get_reason(failures[0])}" if failures else "all were pruned"
         raise SettingError(f"none of {len(finished)} trials is complete; {reason}; try another space")
     return top
 
 
 def retrain(job: StudyJob, data: TrainData, trials: Sequence[FrozenTrial]) -> list[list[TrainReport | str]]:
-    """Retrain the configurations of some trials with several seeds each; existing runs are reused.
+    """Retrain the configurations of some trials with several seeds each. Existing runs are reused.
 
-    Processes that do so together share the runs: each first trains those that are free, then waits for the others.
+    Processes that do so together share the runs. Each first trains the runs that no other leases, then waits for the
+    rest.
 
     Returns:
         For each trial one report per seed, or the reason why that seed cannot be trained.
@@ -183,11 +188,16 @@ def retrain(job: StudyJob, data: TrainData, trials: Sequence[FrozenTrial]) -> li
     for wait in (False, True):
         for trial in trials:
             for position, (run_path, settings) in enumerate(job.retrained_runs(trial)):
+                # Leases of retrained runs have other numbers than leases of trials.
                 number = _AFTER_TRIALS + trial.number * 2**16 + position
                 if run_path not in reports and leases.acquire(number, wait=wait):
                     reports[run_path] = _try_to_train(data, run_path, settings)
                     leases.release(number)
-    return [[reports[run_path] for run_path, _ in job.retrained_runs(trial)] for trial in trials]
+
+    results = []
+    for trial in trials:
+        results.append([reports[run_path] for run_path, _ in job.retrained_runs(trial)])
+    return results
 
 
 def collect_report(job: StudyJob, data: TrainData, trials: Trials) -> SweepReport:
@@ -212,38 +222,56 @@ def collect_report(job: StudyJob, data: TrainData, trials: Trials) -> SweepRepor
 def _evaluate_top(
     job: StudyJob, data: TrainData, top: Sequence[FrozenTrial]
 ) -> tuple[list[SweepConfig], dict[int, str]]:
-    """Evaluate retrained configurations on the test part; also return trial number -> reason why another seed fails."""
+    """Evaluate retrained configurations on the test part.
+
+    Returns:
+        The configurations, the best one on validation first, and trial number -> reason why another seed fails.
+    """
     best: list[SweepConfig] = []
     left_out: dict[int, str] = {}
     split = split_path(job.path)
-    caches = [str(cache.path) for cache in data.caches if "test" in read_split(split, [cache]).parts]
-    for trial, reports in zip(top, retrain(job, data, top), strict=True):
-        trained = [report for report in reports if isinstance(report, TrainReport)]
-        if len(trained) < len(reports):
-            left_out[trial.number] = next(report for report in reports if isinstance(report, str))
+    caches = []
+    for cache in data.caches:
+        if "test" in read_split(split, [cache]).parts:
+            caches.append(str(cache.path))
+
+    for trial, results in zip(top, retrain(job, data, top), strict=True):
+        reports = []
+        reasons = []
+        for result in results:
+            if isinstance(result, TrainReport):
+                reports.append(result)
+            else:
+                reasons.append(result)
+        if reasons:
+            left_out[trial.number] = reasons[0]
             continue
 
-        run_paths = [run_path for run_path, _ in job.retrained_runs(trial)]
-        about = trial.user_attrs
+        attributes = trial.user_attrs
+        run_paths, _ = zip(*job.retrained_runs(trial), strict=True)
+        scores = [report.score for report in reports if report.score is not None]
+        is_improved = any(report.best_epoch for report in reports)
         best.append(
             SweepConfig(
                 number=trial.number,
                 params=trial.params,
                 score=trial.value or 0.0,
-                num_parameters=about["num_parameters"],
-                num_pairs=about["num_pairs"],
-                scores=[report.score for report in trained if report.score is not None],
+                num_parameters=attributes["num_parameters"],
+                num_pairs=attributes["num_pairs"],
+                scores=scores,
                 run_paths=run_paths,
                 test={cache: evaluate_retrieval(cache, run_paths) for cache in caches},
-                kept_initialization=about["num_pairs"] > 0 and not any(report.best_epoch for report in trained),
+                kept_initialization=attributes["num_pairs"] > 0 and not is_improved,
             )
         )
+
     if not best:
         number, reason = next(iter(left_out.items()))
         raise SettingError(
             f"none of the top {len(left_out)} configurations can be trained with {job.settings.seeds_per_config} "
             f"seeds; trial {number} failed: {reason}; use a larger --top-configs or a smaller --seeds-per-config"
         )
+
     return sorted(best, key=lambda config: (-config.mean_score, config.number)), left_out
 
 
@@ -252,6 +280,7 @@ def _importance(trials: Trials) -> dict[str, float]:
     scores = [trial.value for trial in trials.finished() if trial.state == TrialState.COMPLETE]
     if len(scores) < _MIN_TRIALS_FOR_IMPORTANCE or len(set(scores)) == 1:
         return {}
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return get_param_importances(trials.optuna, evaluator=FanovaImportanceEvaluator(seed=0))
@@ -261,7 +290,8 @@ def draw_study(study: optuna.Study) -> list[str]:
     """Draw the scores of all trials, and the settings of the complete ones, as SVG elements."""
     figures = []
     for draw in (plot_optimization_history, plot_parallel_coordinate):
-        with rc_context(), warnings.catch_warnings():  # Optuna sets a style, and says that it is experimental
+        # Optuna sets a style for all later figures, and warns that its plots are experimental.
+        with rc_context(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             axes: Any = draw(study, target_name="validation recall")
             axes.set_title("")
@@ -273,9 +303,13 @@ def draw_study(study: optuna.Study) -> list[str]:
 
 def _command(job: StudyJob, data: TrainData, params: Mapping[str, Value]) -> str:
     """Return the command that trains a configuration again, to the same weights."""
-    caches = [str(cache.path if is_remote(cache.path) else cache.path.resolve()) for cache in data.caches]
-    run = str(job.path.resolve() / "winner")
-    features = [
-        word for modality, feature in data.features.items() for word in ("--feature", f"{modality}={feature.name}")
-    ]
-    return shlex.join(["embedcache", "train", *caches, run, *features, *command_line(job.run_settings(params))])
+    # Absolute paths, so that the command runs in any folder.
+    words = ["embedcache", "train"]
+    for cache in data.caches:
+        words.append(str(cache.path if is_remote(cache.path) else cache.path.resolve()))
+    words.append(str(job.path.resolve() / "winner"))
+
+    for modality, feature in data.features.items():
+        words += ["--feature", f"{modality}={feature.name}"]
+    words += command_line(job.run_settings(params))
+    return shlex.join(words)
