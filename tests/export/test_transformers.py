@@ -7,14 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoImageProcessor,
-    AutoModel,
-    AutoProcessor,
-    AutoTokenizer,
-    ViTImageProcessor,
-    pipeline,
-)
+from transformers import AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer, ViTImageProcessor, pipeline
 
 from embedcache.export.base import TEXTS, TOLERANCE, embed_examples, example_images
 from embedcache.export.export import export_run

@@ -30,12 +30,7 @@ from pipelines.worlds.easy_vqa import (
     draw_answers,
     load_questions,
 )
-from pipelines.worlds.examples import (
-    draw_examples,
-    in_split,
-    label_examples,
-    make_examples,
-)
+from pipelines.worlds.examples import draw_examples, in_split, label_examples, make_examples
 from pipelines.worlds.idx import read_idx
 from pipelines.worlds.label_sets import (
     EMOJI_KIND,
@@ -45,9 +40,7 @@ from pipelines.worlds.label_sets import (
     LETTERS_KIND,
     draw_labels,
 )
-from pipelines.worlds.shapes import (
-    KIND as SHAPES,
-)
+from pipelines.worlds.shapes import KIND as SHAPES
 from pipelines.worlds.shapes import (
     UNSEEN,
     ShapesSource,

@@ -15,15 +15,7 @@ from embedcache.files import make_folder
 from embedcache.sweep.report import get_reason
 from embedcache.sweep.settings import SweepSettings
 from embedcache.sweep.space import Space, read_space
-from embedcache.sweep.study import (
-    Study,
-    Trials,
-    open_study,
-    rank_complete,
-    split_path,
-    trial_path,
-    without_password,
-)
+from embedcache.sweep.study import Study, Trials, open_study, rank_complete, split_path, trial_path, without_password
 from embedcache.sweep.trials import top_trials
 from embedcache.train.data import open_data
 from tests.sweep.conftest import FEATURES

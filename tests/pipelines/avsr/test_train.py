@@ -33,13 +33,7 @@ from pipelines.avsr.train import (
     train_speech,
 )
 from pipelines.avsr.transcripts import END, decode_symbols, encode_transcript
-from pipelines.avsr.utterances import (
-    SpeechAugmentation,
-    Stream,
-    Utterances,
-    mask_spans,
-    open_utterances,
-)
+from pipelines.avsr.utterances import SpeechAugmentation, Stream, Utterances, mask_spans, open_utterances
 from pipelines.sequence import valid_frames
 from tests.crash import crash_function
 from tests.pipelines.avsr.cases import MODEL, QUIET, fit_settings, make_cache, recipe, utterances

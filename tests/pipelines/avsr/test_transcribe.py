@@ -35,16 +35,7 @@ from tests.cli.run import succeed
 from tests.encoders.checkpoints import save_speech, save_timm
 from tests.media_files import encode_video, moving_square, tone, wav
 from tests.pipelines.avsr.cases import QUIET, fit_settings, make_cache, recipe, utterances
-from tests.pipelines.avsr.speech import (
-    PIXELS,
-    SIZES,
-    TOY,
-    random_text,
-    save_run,
-    say,
-    train_network,
-    write_clips,
-)
+from tests.pipelines.avsr.speech import PIXELS, SIZES, TOY, random_text, save_run, say, train_network, write_clips
 from tests.sources.files import write
 
 CTC = Decoding(decoder="ctc")

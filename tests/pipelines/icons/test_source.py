@@ -1,4 +1,4 @@
-"""The source of Iconify's icons, on a package of four families written here."""
+"""The source of Iconify's icons, on a package of four families written here, and the statistics of their study."""
 
 import json
 from pathlib import Path
@@ -6,10 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.stats import spearmanr
 
 from embedcache.sources import Source, open_source
 from embedcache.sources.images import decode_image
 from embedcache.testing.sources import SourceContract
+from pipelines.icons.correlations import rank_correlation
+from pipelines.icons.curve_page import find_crossing, format_crossing
 from pipelines.icons.drawing import draw_png
 from pipelines.icons.source import KIND
 
@@ -106,3 +109,28 @@ def test_damaged_drawings_are_errors() -> None:
     for damaged in ("<svg", "\ud800"):
         with pytest.raises(ValueError, match=r"."):
             draw_png(svg_string=damaged)
+
+
+def test_crossing_is_where_the_gain_stays_above_zero() -> None:
+    sizes = [1000, 10_000, 100_000]
+    assert find_crossing(sizes, np.array([-1.0, 1, 1])) == pytest.approx(10**3.5)
+    assert find_crossing(sizes, np.array([1.0, -1, 3])) == pytest.approx(10**4.25)
+    assert find_crossing(sizes, np.array([1.0, 2, 3])) == 0
+    assert find_crossing(sizes, np.array([1.0, 2, 0])) == np.inf
+    shown = format_crossing({"value": 3162.3, "interval": [0.0, None]}, sizes)
+    assert shown == "3,162 [≤ 1,000, > 100,000]"
+
+
+def test_rank_correlation_is_spearmans_also_with_ties() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal(30)
+    y = x + rng.standard_normal(30)
+    for one, other in ((x, y), (np.round(x), np.round(y))):
+        found = rank_correlation(one, other, num_draws=50)
+        assert found.value == pytest.approx(spearmanr(one, other).statistic)
+        assert found.low < found.value < found.high
+
+
+def test_draws_of_equal_values_are_left_out() -> None:
+    found = rank_correlation(np.array([1.0, 2, 3]), np.array([1.0, 2, 3]), num_draws=200)
+    assert found.low == pytest.approx(1)

@@ -10,12 +10,7 @@ from scipy.stats import entropy as scipy_entropy
 from scipy.stats import multivariate_normal
 from sklearn.metrics import confusion_matrix, jaccard_score
 
-from pipelines.summit.metrics import (
-    bootstrap_iou_difference,
-    class_iou,
-    count_frames,
-    mean_iou,
-)
+from pipelines.summit.metrics import bootstrap_iou_difference, class_iou, count_frames, mean_iou
 from pipelines.summit.pseudo_labels import (
     CertaintyThresholds,
     ModalityPredictions,

@@ -22,11 +22,7 @@ from pipelines.uniperceiver.answer import answer_question, compute_probabilities
 from pipelines.uniperceiver.data import AUDIO_TOKENS, IMAGE_TOKENS, JOIN_GRIDS, WORD_VECTORS, Data
 from pipelines.uniperceiver.evaluation import SHUFFLED, load_shared
 from pipelines.uniperceiver.measures import MEASURED, MODELS, ZERO_SHOT
-from pipelines.uniperceiver.page import (
-    COLUMNS,
-    model_table,
-    pretraining_table,
-)
+from pipelines.uniperceiver.page import COLUMNS, model_table, pretraining_table
 from pipelines.uniperceiver.runs import PRETRAINED, Runs, adapted_run, question_name, tuned_run
 from pipelines.uniperceiver.tables import EASY_VQA, EMOJI, FASHION, LETTERS, TINY
 from pipelines.uniperceiver.tasks import read_tokens
