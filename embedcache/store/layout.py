@@ -1,7 +1,8 @@
-"""File names of a cache, its manifest `cache.json`, and what the tokens of its features are."""
+"""File names of a cache, its manifest `cache.json`, and the axis of the tokens of its features."""
 
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -26,10 +27,10 @@ from embedcache.settings import explain, replace_fields
 
 FORMAT_VERSION = 1
 SUBSET = "subset"
-"""Key in the description of a source; present if the cache was cut or merged from others."""
+"""Key in the description of a source. It is present if the cache was cut or merged from other caches."""
 
 SAMPLES = "samples"
-"""Name of the sample table, where item tables are named by their modality."""
+"""Name of the sample table. Item tables are named by their modality."""
 
 Count: TypeAlias = Annotated[int, Field(ge=0, lt=2**40)]
 """Number of rows, bytes or files."""
@@ -42,7 +43,7 @@ _UNCHECKED = ("source",)
 
 
 class TableFile(Manifest):
-    """A file of a table, which is never changed: other rows get another file.
+    """A file of a table, which is never changed. Other rows get another file.
 
     Args:
         name: path below the cache, such as `image/items-0.parquet`.
@@ -61,8 +62,8 @@ class Part(Manifest):
     """Consecutive samples that were indexed together, and their items.
 
     Args:
-        digest: SHA-256 of the samples in row order, as their source has them now.
-        tables: `samples` or a modality -> file; a modality of which the samples have no items is absent.
+        digest: SHA-256 of the current samples of their source, in row order.
+        tables: `samples` or a modality -> file. A modality is absent if the samples have no items of it.
     """
 
     digest: str
@@ -82,7 +83,7 @@ class Part(Manifest):
 
 
 class TableVersion(Manifest):
-    """An earlier version of the tables; chunks that were committed for it, with its digest, stay valid."""
+    """An earlier version of the tables. Chunks that were committed with its digest stay valid."""
 
     index_digest: str
     num_parts: Count
@@ -92,13 +93,13 @@ class CacheInfo(Manifest):
     """The content of `cache.json`.
 
     Args:
-        chunk_size: items per chunk; the last chunk of a modality may hold fewer.
-        source: what reopens the source.
+        chunk_size: items per chunk. The last chunk of a modality may have fewer.
+        source: description from which the source is reopened.
         index_digest: digest of all samples and items in row order, the identity of the rows.
         parts: samples that were added one after another, in row order.
         earlier_versions: versions of the tables before this one, oldest first.
-        removed: of a cache from which samples were removed, `num_samples`, their number, `digest`, the SHA-256 of the
-            table of their rows, and `is_erased`, whether no chunk holds their items any more.
+        removed: empty, or after a removal of samples: `num_samples`, the number of removed samples, `digest`, the
+            SHA-256 of the table of their rows, and `is_erased`, whether all chunks were written without their items.
     """
 
     chunk_size: Annotated[Count, Field(ge=1)]
@@ -130,29 +131,29 @@ class CacheInfo(Manifest):
 
     @cached_property
     def num_items(self) -> Mapping[str, int]:
-        """Modality -> number of rows of its item table; a modality without items is absent."""
+        """Modality -> number of rows of its item table. A modality without items is absent."""
         return count_rows(self.parts)
 
     def files(self, name: str) -> list[TableFile]:
-        """Return the files of a table, `samples` or that of a modality, in row order."""
+        """Return the files of a table, `samples` or a modality, in row order."""
         return [part.tables[name] for part in self.parts if name in part.tables]
 
     @property
     def is_partial(self) -> bool:
-        """Whether the source may have samples that the cache leaves out, as they were removed."""
+        """Whether the source may have samples that were removed from the cache."""
         return bool(self.removed)
 
     @property
     def has_interrupted_removal(self) -> bool:
-        """Whether samples were removed from the tables and not from all chunks yet."""
+        """Whether samples were removed from the tables, but not yet from all chunks."""
         return bool(self.removed) and not self.removed["is_erased"]
 
     def num_chunks(self, modality: str) -> int:
-        """Return the number of chunks of the items of a modality; 0 without items."""
+        """Return the number of chunks of a modality, which is 0 without items."""
         return -(-self.num_items.get(modality, 0) // self.chunk_size)
 
     def chunk_rows(self, modality: str, chunk: int) -> slice:
-        """Return the item rows of one chunk; the last chunk may be shorter."""
+        """Return the item rows of one chunk. The last chunk may be shorter."""
         start = chunk * self.chunk_size
         return slice(start, min(start + self.chunk_size, self.num_items[modality]))
 
@@ -160,6 +161,8 @@ class CacheInfo(Manifest):
         """Return the chunk shape of an array: a commit's rows for vectors, an exact fraction of them for tokens."""
         rows = self.chunk_size
         item_bytes = math.prod(item_shape) * np.dtype(dtype).itemsize
+
+        # Only halved while even, so that the rows of a commit are whole chunks.
         if len(item_shape) > 1:
             while rows % 2 == 0 and rows * item_bytes > _TOKEN_CHUNK_BYTES:
                 rows //= 2
@@ -167,70 +170,102 @@ class CacheInfo(Manifest):
 
     def count_items(self, modality: str, chunks: Iterable[int]) -> int:
         """Return the number of items in some chunks."""
-        rows = [self.chunk_rows(modality, chunk) for chunk in chunks]
-        return sum(row.stop - row.start for row in rows)
+        num_items = 0
+        for chunk in chunks:
+            rows = self.chunk_rows(modality, chunk)
+            num_items += rows.stop - rows.start
+        return num_items
 
     @cached_property
     def _num_parts(self) -> Mapping[str, int]:
         """Index digest of each version of the tables -> the number of its parts."""
-        earlier = {version.index_digest: version.num_parts for version in self.earlier_versions}
-        return {**earlier, self.index_digest: len(self.parts)}
+        num_parts = {}
+        for version in self.earlier_versions:
+            num_parts[version.index_digest] = version.num_parts
+
+        # The current version comes last: it wins if an earlier version has the same digest.
+        num_parts[self.index_digest] = len(self.parts)
+        return num_parts
 
     def has_rows_of(self, index_digest: str) -> bool:
-        """Return whether the rows of that digest are the same rows in this cache, which may have more now."""
+        """Return whether this cache has the rows of an index digest, and possibly more."""
         return index_digest in self._num_parts
 
     def num_chunk_rows(self, index_digest: str, modality: str, chunk: int) -> int | None:
-        """Return the number of rows that a chunk had in a version of the tables; None for an unknown version."""
+        """Return the number of rows that a chunk had in a version of the tables, or None for an unknown version."""
         if index_digest not in self._num_parts:
             return None
+
+        # Parts are only appended, so an earlier version has the first of them.
         num_items = count_rows(self.parts[: self._num_parts[index_digest]]).get(modality, 0)
         return min(max(num_items - chunk * self.chunk_size, 0), self.chunk_size)
 
     def item_counts(self, modality: str) -> set[int]:
-        """Return how many items of a modality the cache has, and had in earlier versions."""
-        return {count_rows(self.parts[:num_parts]).get(modality, 0) for num_parts in self._num_parts.values()}
+        """Return the numbers of items of a modality in this version of the cache and in earlier versions."""
+        counts = set()
+        for num_parts in self._num_parts.values():
+            counts.add(count_rows(self.parts[:num_parts]).get(modality, 0))
+        return counts
 
     def next_version(self, parts: Sequence[Part], removed: Mapping[str, Any] | None = None) -> "CacheInfo":
         """Return the manifest with other parts, or with more samples removed."""
         removed = self.removed if removed is None else removed
-        before = TableVersion(index_digest=self.index_digest, num_parts=len(self.parts))
+        this_version = TableVersion(index_digest=self.index_digest, num_parts=len(self.parts))
         return replace_fields(
             self,
             index_digest=combined_digest(parts, removed),
             parts=tuple(parts),
-            earlier_versions=(*self.earlier_versions, before),
+            earlier_versions=(*self.earlier_versions, this_version),
             removed=removed,
         )
 
 
 def choose_chunk_size(parts: Sequence[Part]) -> int:
-    """Return how many items a chunk of a new cache has: 2,048, or up to 16,384 if there would be many chunks.
+    """Return the chunk size of a new cache: 2,048 items, or up to 16,384 if there would be many chunks.
 
     A kill loses the chunk in work, and readers open one file per chunk.
     """
     num_items = max(count_rows(parts).values(), default=0)
-    return next((size for size in _CHUNK_SIZES if num_items <= size * _MANY_CHUNKS), _CHUNK_SIZES[-1])
+    for size in _CHUNK_SIZES:
+        if num_items <= size * _MANY_CHUNKS:
+            return size
+    return _CHUNK_SIZES[-1]
 
 
 def is_description(value: Mapping[str, Any]) -> bool:
     """Return whether a JSON object has the types of a source's `describe`."""
-    names = value.get("type"), value.get("path")
-    are_texts = all(isinstance(name, str) and "\0" not in name for name in names)
+    for name in (value.get("type"), value.get("path")):
+        if not isinstance(name, str) or "\0" in name:  # no path of a file contains a null character
+            return False
+
+    # A merged cache describes the source of each of its parts.
     parts = value.get(PARTS) if value.get("type") == MERGED else []
-    has_parts = isinstance(parts, list) and all(isinstance(part, Mapping) and is_description(part) for part in parts)
-    return are_texts and has_parts and isinstance(value.get("settings", {}), Mapping)
+    if not isinstance(parts, list):
+        return False
+    for part in parts:
+        if not isinstance(part, Mapping) or not is_description(part):
+            return False
+    return isinstance(value.get("settings", {}), Mapping)
 
 
 def count_rows(parts: Sequence[Part]) -> dict[str, int]:
-    """Return modality -> number of items of some parts, of modalities with items."""
-    counts = {name: sum(part.tables[name].num_rows for part in parts if name in part.tables) for name in MODALITIES}
-    return {name: count for name, count in counts.items() if count}
+    """Return modality -> number of items of some parts. A modality without items is absent."""
+    counts = Counter[str]()
+    for part in parts:
+        for name, file in part.tables.items():
+            counts[name] += file.num_rows
+
+    # In the order of the modalities, and without the samples.
+    return {name: counts[name] for name in MODALITIES if counts[name]}
 
 
 def combined_digest(parts: Sequence[Part], removed: Mapping[str, Any] | None = None) -> str:
     """Return the index digest of a cache with these parts, from which samples may have been removed."""
-    digests = [part.digest for part in parts] + ([removed["digest"]] if removed else [])
+    digests = [part.digest for part in parts]
+    if removed:
+        digests.append(removed["digest"])
+
+    # The digest of a single part is the digest of its source.
     return digests[0] if len(digests) == 1 else digest(digests)
 
 
@@ -262,16 +297,26 @@ def next_revision(file: TableFile) -> int:
 
 
 def find_unlisted(cache_path: Path, info: CacheInfo) -> list[Path]:
-    """Return files of tables that the manifest does not list: those that were replaced, or that a kill left."""
-    listed = {file.name for part in info.parts for file in part.tables.values()}
-    listed.add(removed_path(cache_path, info.removed).name)
-    patterns = [f"{SAMPLES}-*.parquet", "removed-[0-9]*.parquet", *(f"{name}/items-*.parquet" for name in MODALITIES)]
-    files = [file for pattern in patterns for file in find_files(cache_path, pattern)]
-    return [file for file in files if str(file)[len(str(cache_path)) + 1 :] not in listed]
+    """Return the table files that the manifest does not list, which were replaced or left by a killed process."""
+    listed_names = {removed_path(cache_path, info.removed).name}
+    for part in info.parts:
+        for file in part.tables.values():
+            listed_names.add(file.name)
+
+    patterns = [f"{SAMPLES}-*.parquet", "removed-[0-9]*.parquet"]
+    for name in MODALITIES:
+        patterns.append(f"{name}/items-*.parquet")
+
+    unlisted = []
+    for pattern in patterns:
+        for path in find_files(cache_path, pattern):
+            if str(path)[len(str(cache_path)) + 1 :] not in listed_names:
+                unlisted.append(path)
+    return unlisted
 
 
 def removed_path(cache_path: Path, removed: Mapping[str, Any]) -> Path:
-    """Return the path of the table of removed samples, which is never changed: more samples get another file."""
+    """Return the path of the table of removed samples, which is never changed. More samples get another file."""
     return cache_path / f"removed-{removed.get('num_samples', 0)}.parquet"
 
 
@@ -289,14 +334,15 @@ def commit_path(encoder_folder: Path, chunk: int) -> Path:
 
 
 def fit_path(encoder_folder: Path) -> Path:
-    """Return the path of the arrays that a rule was fitted to, of derived features."""
+    """Return the path of the fitted arrays of derived features."""
     return encoder_folder / "fit.safetensors"
 
 
 def checked_fit_path(encoder_folder: Path, fingerprint: Mapping[str, Any]) -> Path:
-    """Return that path, after the file was compared with the fingerprint of the features; `CorruptError` if it differs.
+    """Return `fit_path` after the file was compared with the fingerprint of the features. Memory: a block of the file.
 
-    Memory: a block of the file.
+    Raises:
+        CorruptError: the file is missing or differs.
     """
     path = fit_path(encoder_folder)
     if not path.is_file() or digest_file(path) != fingerprint["weights"]:
@@ -310,16 +356,21 @@ def checked_fit_path(encoder_folder: Path, fingerprint: Mapping[str, Any]) -> Pa
 def write_info(cache_path: Path, info: CacheInfo) -> None:
     """Write `cache.json`, which completes the tables.
 
-    Its last key is a digest of all others but `source`, whose path may be corrected by hand when files have moved.
+    Its last key is a digest of all others except `source`, whose path may be corrected by hand if files have moved.
     """
     write_record(info_path(cache_path), info.to_json(), unchecked=_UNCHECKED)
 
 
 def is_cache_at(location: AnyPath, cache: AnyPath) -> bool:
     """Return whether a cache is at this location, however both are written."""
-    one, other = (str(open_path(place)).rstrip("/") for place in (location, cache))
-    if one != other and (is_url(one) or is_url(other) or os.path.realpath(one) != os.path.realpath(other)):
-        return False
+    location_path = str(open_path(location)).rstrip("/")
+    cache_path = str(open_path(cache)).rstrip("/")
+    if location_path != cache_path:
+        # Links in local paths are resolved, but URLs have none.
+        if is_url(location_path) or is_url(cache_path):
+            return False
+        if os.path.realpath(location_path) != os.path.realpath(cache_path):
+            return False
     return info_path(open_path(cache)).is_file()
 
 
@@ -343,11 +394,14 @@ def read_info(cache_path: Path) -> CacheInfo:
 
 
 def _how_to_make(path: Path) -> str:
-    """Return the command that makes a cache at a path, or of what is there, if that can only be a source."""
+    """Return the command that makes a cache at a path, or from the file or folder there if it can only be a source."""
     if is_remote(path) or not path.exists():
         return f"embedcache extract SOURCE {quoted(path)}"
+
+    # A folder that is empty or has the lock file of a cache cannot be a source.
     if path.is_dir() and ((path / LOCK).exists() or next(path.iterdir(), None) is None):
         return f"embedcache extract SOURCE {quoted(path)}"
+
     prompts = f" ({quoted(f'prompts:{path}')} if it lists classes or concepts)"
     names = prompts if path.suffix in {".txt", ".json"} else ""
     return f"embedcache extract {quoted(path)} CACHE{names}"
@@ -357,13 +411,13 @@ class Axis(Manifest):
     """The axis of the tokens of one feature, in their order.
 
     Args:
-        kind: `time`, frames at a fixed rate; `grid`, cells row by row; `points`, the item's points in its own order;
-            `words`, the tokens of a text.
-        rate_hz: frames per second, of `time`.
-        start_s: time at which the first frame begins, from the start of the item, of `time`.
-        rows: cells from top to bottom, of `grid`.
-        columns: cells from left to right, of `grid`.
-        box: x0, y0, x1, y1 of the part of the image that a grid covers, as fractions of its width and height; None if
+        kind: `time` (frames at a fixed rate), `grid` (cells row by row), `points` (the item's points in their order)
+            or `words` (the tokens of a text).
+        rate_hz: frames per second, for `time`.
+        start_s: time at which the first frame begins, in seconds from the start of the item, for `time`.
+        rows: cells from top to bottom, for `grid`.
+        columns: cells from left to right, for `grid`.
+        box: x0, y0, x1, y1 of the part of the image that a grid covers, as fractions of its width and height. None if
             it differs between images, as after a center crop.
     """
 
