@@ -29,9 +29,11 @@ TEXTS = ["a red cat", "two small dogs on the green hill", "hill", "A RED CAT and
 def example_images() -> list[Image.Image]:
     """Return a smooth image and two of noise: landscape, portrait and tiny."""
     rng = np.random.default_rng(0)
-    noise = [rng.integers(0, 256, (height, width, 3), dtype=np.uint8) for height, width in ((70, 40), (9, 13))]
     ramp = np.linspace(0, 255, 300 * 500 * 3).reshape(300, 500, 3).astype(np.uint8)
-    return [Image.fromarray(ramp), *(Image.fromarray(array) for array in noise)]
+    images = [Image.fromarray(ramp)]
+    for height, width in ((70, 40), (9, 13)):
+        images.append(Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)))
+    return images
 
 
 def example_audio() -> list[Array]:
@@ -47,9 +49,10 @@ def example_videos() -> list[Video]:
     """Return videos of several rates and sizes, one of them a single frame."""
     rng = np.random.default_rng(0)
     shapes = {25.0: (6, 40, 64, 3), 30.0: (9, 48, 48, 3), 10.0: (1, 30, 20, 3)}
-    return [
-        Video(frames_THW3=rng.integers(0, 256, shape, dtype=np.uint8), rate_hz=rate) for rate, shape in shapes.items()
-    ]
+    videos = []
+    for rate_hz, shape in shapes.items():
+        videos.append(Video(frames_THW3=rng.integers(0, 256, shape, dtype=np.uint8), rate_hz=rate_hz))
+    return videos
 
 
 def example_points() -> list[Mapping[str, Array]]:
@@ -66,13 +69,13 @@ def example_points() -> list[Mapping[str, Array]]:
 
 
 class EncoderContract:
-    """Tests that every encoder must pass; subclass the contract of the encoder's modality.
+    """Tests that every encoder must pass. Subclass the contract of the encoder's modality.
 
     Subclasses provide two fixtures: `spec`, the text of an encoder spec, and `other_spec`, the same model with one
-    weight changed. Those of an encoder without weights, which computes on the CPU in float32 whatever the settings say,
-    set `has_weights` to False and need no `other_spec`. Those that run in float32 only set `has_bfloat16` to False, and
+    weight changed. If an encoder has no weights and computes on the CPU in float32 whatever the settings say, set
+    `has_weights` to False and omit `other_spec`. If it runs in float32 only, set `has_bfloat16` to False. It must then
     raise a SettingError for other precisions. The vectors of an item in batches of two sizes may differ by `tolerance`
-    of their length; a model whose kernels depend on the size of a batch sets more.
+    of their length. Set more for a model whose kernels depend on the size of a batch.
 
     Example:
         >>> class TestMine(ImageEncoderContract):
@@ -95,21 +98,28 @@ class EncoderContract:
         names = list(encoder.features)
         outputs = encoder.encode(encoder.prepare(items), names)
         assert list(outputs) == names
+
         for name, shape in encoder.features.items():
             assert len(outputs[name]) == len(items)
             for output in outputs[name]:
                 assert output.dtype == getattr(encoder, "dtypes", {}).get(name, "float32")
                 assert np.isfinite(output).all()
-                assert all(size in (-1, found) for size, found in zip(shape, output.shape, strict=True))
+                # Any number of tokens is announced as -1.
+                for announced_size, size in zip(shape, output.shape, strict=True):
+                    assert announced_size in (-1, size)
 
     def test_tokens_have_axes(self, encoder: Encoder) -> None:
         axes = getattr(encoder, "axes", {})
         dtypes = getattr(encoder, "dtypes", {})
         assert {*axes, *dtypes} <= {*encoder.features}
-        assert all(len(encoder.features[name]) == 2 for name in axes)
+        for name, axis in axes.items():
+            assert isinstance(axis, Axis)
+            assert len(encoder.features[name]) == 2
+
+        # Tokens of images and texts have no axis.
         if self.modality not in ("image", "text"):
-            assert all(name in axes for name, shape in encoder.features.items() if shape[0] == -1)
-        assert all(isinstance(axis, Axis) for axis in axes.values())
+            for name, shape in encoder.features.items():
+                assert shape[0] != -1 or name in axes
 
     def test_only_named_features_are_returned(self, encoder: Encoder, items: Sequence[Any]) -> None:
         first = next(iter(encoder.features))
@@ -124,19 +134,19 @@ class EncoderContract:
             for name in names:
                 self._assert_close(single[name][0], batch[name][row])
 
-    def _assert_close(self, found: Array, expected: Array) -> None:
+    def _assert_close(self, actual: Array, expected: Array) -> None:
         """Check that vectors differ by at most `tolerance` of their length."""
-        assert found.shape == expected.shape
-        differences = np.linalg.norm(np.subtract(found, expected, dtype=np.float64), axis=-1)
+        assert actual.shape == expected.shape
+        differences = np.linalg.norm(np.subtract(actual, expected, dtype=np.float64), axis=-1)
         allowed = self.tolerance * np.linalg.norm(np.asarray(expected, np.float64), axis=-1)
         assert (differences <= allowed).all(), f"differ by {differences.max():.1e}, {allowed.min():.1e} is allowed"
 
     def test_prepare_is_thread_safe(self, encoder: Encoder, items: Sequence[Any]) -> None:
         expected = encoder.prepare(items)
         with ThreadPoolExecutor(4) as executor:
-            for found in executor.map(encoder.prepare, [items] * 12):
-                for one, other in zip(found, expected, strict=True):
-                    np.testing.assert_array_equal(one, other)
+            for prepared in executor.map(encoder.prepare, [items] * 12):
+                for array, expected_array in zip(prepared, expected, strict=True):
+                    np.testing.assert_array_equal(array, expected_array)
 
     def test_empty_batch(self, encoder: Encoder) -> None:
         first = next(iter(encoder.features))
@@ -160,7 +170,9 @@ class EncoderContract:
         if not self.has_weights:
             assert encoder.fingerprint.weights == NO_WEIGHTS
             return
-        settings = BFLOAT16 if self.has_bfloat16 else None  # on torch, without an ONNX export
+
+        # bfloat16 runs on torch, which saves an ONNX export.
+        settings = BFLOAT16 if self.has_bfloat16 else None
         other = open_encoder(request.getfixturevalue("other_spec"), modality=self.modality, settings=settings)
         assert other.fingerprint.weights != encoder.fingerprint.weights
 
@@ -168,19 +180,23 @@ class EncoderContract:
         if not self.has_weights:
             assert open_encoder(spec, modality=self.modality, settings=BFLOAT16).fingerprint == encoder.fingerprint
             return
+
         if not self.has_bfloat16:
             with pytest.raises(SettingError, match=r"expected (.* )?float32") as raised:
                 open_encoder(spec, modality=self.modality, settings=BFLOAT16)
             assert "bfloat16" in str(raised.value)
             return
+
         bfloat16 = open_encoder(spec, modality=self.modality, settings=BFLOAT16)
         assert (bfloat16.fingerprint.precision, bfloat16.fingerprint.backend) == ("bfloat16", "torch")
         assert bfloat16.fingerprint.weights == encoder.fingerprint.weights
+
+        # bfloat16 has 8 bits of precision, and errors add up over the layers.
         name = next(iter(encoder.features))
         expected = np.concatenate(encoder.encode(encoder.prepare(items), [name])[name])
-        found = np.concatenate(bfloat16.encode(bfloat16.prepare(items), [name])[name])
-        assert found.dtype == np.float32
-        assert np.linalg.norm(found - expected) < 0.1 * np.linalg.norm(expected)
+        actual = np.concatenate(bfloat16.encode(bfloat16.prepare(items), [name])[name])
+        assert actual.dtype == np.float32
+        assert np.linalg.norm(actual - expected) < 0.1 * np.linalg.norm(expected)
 
     def test_missing_device_raises(self, spec: str) -> None:
         if not self.has_weights:
@@ -194,7 +210,7 @@ class EncoderContract:
 
 
 class ImageEncoderContract(EncoderContract):
-    """Tests that every image encoder must pass; provide the fixtures `spec` and `other_spec`."""
+    """Tests that every image encoder must pass. Provide the fixtures `spec` and `other_spec`."""
 
     modality: Modality = "image"
 
@@ -205,15 +221,17 @@ class ImageEncoderContract(EncoderContract):
 
     def test_prepared_images_have_one_shape(self, encoder: Encoder, items: Sequence[Any]) -> None:
         prepared = encoder.prepare(items)
-        ((channels, *_),) = {array.shape for array in prepared}
-        assert channels == 3
-        assert {str(array.dtype) for array in prepared} in ({"uint8"}, {"float32"})
+        for array in prepared:
+            assert array.shape == prepared[0].shape
+            assert array.dtype == prepared[0].dtype
+        assert prepared[0].shape[0] == 3
+        assert str(prepared[0].dtype) in ("uint8", "float32")
 
 
 class TextEncoderContract(EncoderContract):
-    """Tests that every text encoder must pass; provide the fixtures `spec` and `other_spec`.
+    """Tests that every text encoder must pass. Provide the fixtures `spec` and `other_spec`.
 
-    Those of an encoder that prepares token ids set `max_tokens`, to which it truncates.
+    If an encoder prepares token ids, set `max_tokens` to the number to which it truncates.
     """
 
     modality: Modality = "text"
@@ -234,30 +252,31 @@ class TextEncoderContract(EncoderContract):
     def test_long_text_does_not_change_others(self, encoder: Encoder) -> None:
         prepared = encoder.prepare(["a red cat " * 500, "a red cat"])
         assert self.max_tokens in (None, len(prepared[0]))
+
         names = list(encoder.features)
         batch = encoder.encode(prepared, names)
         single = encoder.encode(prepared[1:], names)
         for name in names:
             self._assert_close(single[name][0], batch[name][1])
             if encoder.features[name][0] == -1 and self.max_tokens is not None:
-                assert [len(tokens) for tokens in batch[name]] == [len(ids) for ids in prepared]
+                assert list(map(len, batch[name])) == list(map(len, prepared))
 
 
 class AudioEncoderContract(EncoderContract):
-    """Tests that every audio encoder must pass; provide the fixtures `spec` and `other_spec`."""
+    """Tests that every audio encoder must pass. Provide the fixtures `spec` and `other_spec`."""
 
     modality: Modality = "audio"
 
     @pytest.fixture
     def items(self) -> Sequence[Array]:
-        """Return recordings of several lengths."""
+        """Return audio of several lengths."""
         return example_audio()
 
     def test_number_of_frames_follows_the_rate(self, encoder: Encoder, items: Sequence[Array]) -> None:
         for name, axis in getattr(encoder, "axes", {}).items():
             frames = encoder.encode(encoder.prepare(items), [name])[name]
-            for found, audio in zip(frames, items, strict=True):
-                assert abs(len(found) - len(audio) / 16_000 * axis.rate_hz) <= 1.5
+            for item_frames, audio in zip(frames, items, strict=True):
+                assert abs(len(item_frames) - len(audio) / 16_000 * axis.rate_hz) <= 1.5
 
     @pytest.mark.parametrize("num_samples", [0, 1, 20])
     def test_too_short_recording_fails_with_a_reason(self, encoder: Encoder, num_samples: int) -> None:
@@ -273,7 +292,7 @@ class AudioEncoderContract(EncoderContract):
 
 
 class VideoEncoderContract(EncoderContract):
-    """Tests that every video encoder must pass; provide the fixtures `spec` and `other_spec`."""
+    """Tests that every video encoder must pass. Provide the fixtures `spec` and `other_spec`."""
 
     modality: Modality = "video"
 
@@ -285,12 +304,12 @@ class VideoEncoderContract(EncoderContract):
     def test_number_of_frames_follows_the_rate(self, encoder: Encoder, items: Sequence[Video]) -> None:
         for name, axis in getattr(encoder, "axes", {}).items():
             steps = encoder.encode(encoder.prepare(items), [name])[name]
-            for found, video in zip(steps, items, strict=True):
-                assert abs(len(found) - len(video.frames_THW3) / video.rate_hz * axis.rate_hz) <= 1.5
+            for item_steps, video in zip(steps, items, strict=True):
+                assert abs(len(item_steps) - len(video.frames_THW3) / video.rate_hz * axis.rate_hz) <= 1.5
 
 
 class PointsEncoderContract(EncoderContract):
-    """Tests that every encoder of point clouds must pass; provide the fixtures `spec` and `other_spec`."""
+    """Tests that every encoder of point clouds must pass. Provide the fixtures `spec` and `other_spec`."""
 
     modality: Modality = "points"
 
@@ -301,11 +320,11 @@ class PointsEncoderContract(EncoderContract):
 
     def test_rows_are_the_points_in_order(self, encoder: Encoder, items: Sequence[Mapping[str, Array]]) -> None:
         order = np.random.default_rng(0).permutation(len(items[0]["xyz"]))
-        moved = {name: array[order] for name, array in items[0].items()}
+        permuted = {name: array[order] for name, array in items[0].items()}
         for name in getattr(encoder, "axes", {}):
-            found, expected = encoder.encode(encoder.prepare([moved, items[0]]), [name])[name]
+            actual, expected = encoder.encode(encoder.prepare([permuted, items[0]]), [name])[name]
             assert len(expected) == len(order)
-            np.testing.assert_allclose(found, expected[order], atol=1e-4)
+            np.testing.assert_allclose(actual, expected[order], atol=1e-4)
 
     def test_nan_coordinates_fail_with_a_reason(self, encoder: Encoder, items: Sequence[Mapping[str, Array]]) -> None:
         xyz = items[0]["xyz"].copy()
@@ -319,6 +338,7 @@ class PointsEncoderContract(EncoderContract):
             prepared = encoder.prepare([empty])
         except ItemError:
             return
+
         for name, (output,) in encoder.encode(prepared, list(encoder.features)).items():
             assert len(output) == (0 if encoder.features[name][0] == -1 else encoder.features[name][0])
 
