@@ -44,17 +44,19 @@ class ExampleEncoder:
     def prepare(self, items: Sequence[Any]) -> list[Array]:
         """Return 4 x 4 pixels per image, or a number per word of each text."""
         if self.modality == "image":
-            images = (item.resize((4, 4), Image.Resampling.BOX) for item in items)
-            return [np.asarray(image, np.float32).transpose(2, 0, 1) / 255 for image in images]
-        return [np.array([_number(word) for word in text.split()], np.int64) for text in items]
+            return list(map(_prepare_image, items))
+        return [np.array(list(map(_number, text.split())), np.int64) for text in items]
 
     def encode(self, prepared: Sequence[Array], names: Sequence[str]) -> dict[str, list[Array]]:
         """Return the vectors."""
-        if self.modality == "image":
-            vectors = [array.ravel() for array in prepared]
-        else:
-            words = [[np.random.default_rng(number).standard_normal(32) for number in array] for array in prepared]
-            vectors = [np.mean(rows, axis=0).astype(np.float32) for rows in words]
+        vectors = []
+        for array in prepared:
+            if self.modality == "image":
+                vectors.append(array.ravel())
+            else:
+                # The seed of a word's vector is the word's number, so the vector is the same in every process.
+                word_vectors = [np.random.default_rng(number).standard_normal(32) for number in array]
+                vectors.append(np.mean(word_vectors, axis=0).astype(np.float32))
         return dict.fromkeys(names, vectors)
 
 
@@ -67,14 +69,16 @@ def open_example(spec: EncoderSpec, *, modality: Modality, settings: EncoderSett
 
 @cache
 def write_examples(folder: Path) -> Mapping[str, Path]:
-    """Write caches and what else methods of selection may need, once per process, and return the paths.
+    """Write caches and other inputs of methods of selection, once per process, and return the paths.
 
-    `cache` has `NUM_SAMPLES` images with a caption each, `other` has them in chunks of another size, `target` has few
-    other images, `concepts` has prompts; `run` is a run on `cache`, and `scores` a table with a score of its samples.
+    `cache` has `NUM_SAMPLES` images with a caption each. `other` has the same in chunks of another size, `target` has a
+    few other images, and `concepts` has prompts. `run` is a run on `cache`, and `scores` is a table with a score for
+    each of its samples.
     """
     for name, count, seed in (("images", NUM_SAMPLES, 0), ("few", 12, 1)):
         _write_images(folder / name, count, seed=seed)
     (folder / "concepts.json").write_text(json.dumps(_CONCEPTS), encoding="utf-8")
+
     for name, source, chunk_size in (
         ("cache", "images", 2048),
         ("other", "images", _SMALL_CHUNK),
@@ -88,16 +92,22 @@ def write_examples(folder: Path) -> Mapping[str, Path]:
             settings=ExtractSettings(chunk_size=chunk_size),
         )
     extract(open_source(f"prompts:{folder / 'concepts.json'}"), folder / "concepts", text_encoder=[ENCODER])
+
+    # With 0 epochs, the run keeps its initialization.
     settings = train_settings({"projector": "linear", "epochs": 0, "split": "key", "device": "cpu"})
     train(folder / "cache", folder / "run", settings=settings)
+
+    # Many samples have equal scores, so that methods must break ties.
     numbers = np.arange(NUM_SAMPLES, dtype=np.float32) % 7
     keytable.write(folder / "scores.parquet", [Cache(folder / "cache")], {"score": numbers}, "scores", {})
-    names = ("cache", "other", "target", "concepts", "run")
-    return {**{name: folder / name for name in names}, "scores": folder / "scores.parquet"}
+
+    paths = {name: folder / name for name in ("cache", "other", "target", "concepts", "run")}
+    paths["scores"] = folder / "scores.parquet"
+    return paths
 
 
 def _write_images(folder: Path, count: int, *, seed: int) -> None:
-    """Write PNG files, a noisy background with a bar, each with a caption beside it."""
+    """Write PNG files, a noisy background with a bar, each with a caption in a `.txt` file of the same name."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(seed)
     for number in range(count):
@@ -105,9 +115,16 @@ def _write_images(folder: Path, count: int, *, seed: int) -> None:
         place = rng.choice(list(_PLACES))
         image = Image.new("RGB", (8, 8), _COLORS[back])
         image.paste(_COLORS[front], _PLACES[place])
+
+        # Without noise, many images would be equal.
         noise = rng.integers(0, 12, (8, 8, 3), dtype=np.uint8)
         Image.fromarray(np.asarray(image) + noise).save(folder / f"{number:05d}.png")
         (folder / f"{number:05d}.txt").write_text(f"a {front} bar {place} on {back}\n", encoding="utf-8")
+
+
+def _prepare_image(image: Image.Image) -> Array:
+    pixels: Array = np.asarray(image.resize((4, 4), Image.Resampling.BOX), np.float32)
+    return pixels.transpose(2, 0, 1) / 255
 
 
 def _number(word: str) -> int:
