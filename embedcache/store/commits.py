@@ -1,14 +1,14 @@
-"""The commit of a chunk: which features it has, in which files with which checksums, of which items.
+"""The commit of a chunk: its features, their files with checksums, and hashes of its items.
 
-A commit is written after the arrays of its chunk; without it the chunk does not exist.
+A commit is written after the arrays of its chunk. Without it the chunk does not exist.
 
-For each feature, `Commit.failures` has the state of each row: None, the arrays hold its value; `PENDING`, it was not
-tried; `REMOVED`, its sample is no longer in the cache; any other reason, it failed.
+For each feature, `Commit.failures` has the state of each row. It is None if the arrays contain a value, `PENDING` if
+the row was not tried, `REMOVED` if its sample is no longer in the cache, and any other reason if the row failed.
 
-A chunk that is not full is committed with the rows that there are. When samples are appended to the cache, it has more
-rows than its commit, which stays valid, so that nothing is encoded twice. The new rows are pending:
+A chunk that is not full is committed with its present rows. When samples are appended to the cache, it has more rows
+than its commit, which stays valid, so that nothing is encoded twice. The new rows are pending:
 
-1. `Commit.resize` adds them whenever a commit is read; readers find items without a value.
+1. `Commit.resize` adds them whenever a commit is read. Readers find items without a value.
 2. `Commit.is_complete` is false for them, so that the next extraction works on the chunk again.
 3. Extraction begins with the first pending row. For the rows before, as for all rows that it does not try, it passes
    `PENDING` to `commit_chunk`.
@@ -17,8 +17,8 @@ rows than its commit, which stays valid, so that nothing is encoded twice. The n
 
 A transaction replaces files of one folder together: all of them or none, whenever the process is killed. The new files
 are written below a folder of the transaction. Then a file is written there that says that all are complete: at this
-moment they have replaced the old ones. What is left, moving each to its place, is done by whoever comes next: the
-writer itself or, if it was killed, the next writer, or a reader who finds an old file beside a new one.
+moment they have replaced the old ones. They are then moved to their places by the writer itself or, if it was killed,
+by the next writer, or by a reader that finds an old file next to a new one.
 """
 
 import base64
@@ -59,26 +59,26 @@ _COMPLETE = "complete"
 """File of a transaction whose other files are all written."""
 
 PENDING = "not extracted yet"
-"""Reason of a row that was not tried: the next extraction encodes it."""
+"""Reason of a row that was not tried. The next extraction encodes it."""
 
 REMOVED = "removed"
 """Reason of an item whose sample was removed from the cache."""
 
 HASH_BYTES = 16
 HASH = pa.binary(HASH_BYTES)
-"""Type of a hash of `hash_item`; null for an item that was not read."""
+"""Type of a hash of `hash_item`, which is null for an item that was not read."""
 
 
 @contextmanager
 def replacing_together(root: Path, number: int) -> Iterator[Path]:
-    """Create a folder whose files replace, after the block, those of the same paths below `root`, all or none.
+    """Create a folder whose files replace, after the block, the files of the same paths below `root`, all or none.
 
-    After an error none is replaced. The caller has locked the number in `root/chunks`, and has finished what a killed
-    writer left.
+    After an error none is replaced. The caller must have locked the number in `root/chunks`, and finished the
+    transaction of a killed writer.
 
     Args:
         root: folder of an encoder.
-        number: number of the transaction, such as that of the chunk whose files are replaced.
+        number: number of the transaction, such as the number of the chunk whose files are replaced.
 
     Example:
         >>> with replacing_together(group.path, chunk) as folder:  # doctest: +SKIP
@@ -90,6 +90,7 @@ def replacing_together(root: Path, number: int) -> Iterator[Path]:
     except BaseException:
         _remove(folder)
         raise
+
     write_atomic(folder / _COMPLETE, b"")
     roll_forward(root, number)
 
@@ -99,17 +100,18 @@ def roll_forward(root: Path, number: int) -> None:
     folder = _folder(root, number)
     if not is_remote(folder):
         check_no_link(folder)
+
     if is_complete(root, number):
-        # The commit comes last: an old one beside a new array differs from its checksum, which readers notice.
+        # The commit comes last: a new array differs from the checksum in an old commit, which readers notice.
         for name in sorted(_find_names(folder), key=lambda name: name.startswith("chunks/")):
             _move(folder / name, root / name)
     _remove(folder)
 
 
 def finish(root: Path, number: int) -> None:
-    """Move the files of a transaction that is complete to their places; remove those of one that is not.
+    """Move the files of a complete transaction to their places, or remove the files of an incomplete one.
 
-    It waits for a writer that works on the transaction.
+    This waits for a writer that works on the transaction.
     """
     if _folder(root, number).exists():
         with locked(root / "chunks", number):
@@ -117,12 +119,12 @@ def finish(root: Path, number: int) -> None:
 
 
 def is_complete(root: Path, number: int) -> bool:
-    """Return whether a transaction has replaced its files, of which some are not in their places yet."""
+    """Return whether a transaction is complete, but some of its files may not be in their places yet."""
     return (_folder(root, number) / _COMPLETE).exists()
 
 
 def find_transactions(root: Path) -> list[int]:
-    """Return the numbers of the transactions that killed writers left in a local folder, or that are in work."""
+    """Return the numbers of the transactions in a local folder, which are in work or were left by killed writers."""
     return sorted(int(path.stem) for path in (root / "chunks").glob("*.txn"))
 
 
@@ -132,12 +134,16 @@ def _folder(root: Path, number: int) -> Path:
 
 def _find_names(folder: Path) -> list[str]:
     """Return the paths of the files of a transaction below its folder, without the one that completes it."""
+    names = set()
     if is_remote(folder):
         prefix = f"{folder.path}/"  # type: ignore[attr-defined]
-        names = [name.removeprefix(prefix) for name in folder.fs.find(folder.path)]  # type: ignore[attr-defined]
+        for location in folder.fs.find(folder.path):  # type: ignore[attr-defined]
+            names.add(location.removeprefix(prefix))
     else:
-        names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    return [name for name in names if name != _COMPLETE]
+        for path in folder.rglob("*"):
+            if path.is_file():
+                names.add(path.relative_to(folder).as_posix())
+    return sorted(names - {_COMPLETE})
 
 
 def _move(file: Path, path: Path) -> None:
@@ -160,7 +166,7 @@ class Commit:
         encoder: digest of the encoder's fingerprint.
         index_digest: identity of the cache's rows.
         features: feature name -> file below the encoder's folder -> CRC-32C of its rows.
-        hashes: BLAKE2b-128 of each item's raw bytes or UTF-8 text; None if they could not be read.
+        hashes: BLAKE2b-128 of each item's raw bytes or UTF-8 text, or None if they could not be read.
         failures: feature name -> reason for each failed item, None for the others.
         attributes: feature name -> digest of the attributes in its metadata.
     """
@@ -174,19 +180,24 @@ class Commit:
     attributes: Mapping[str, str]
 
     def resize(self, num_rows: int) -> "Commit":
-        """Return the commit with the number of rows of the caller's tables; appended rows are pending."""
-        added = num_rows - len(self.hashes)
-        if not added:
+        """Return the commit with the number of rows of the caller's tables. Appended rows are pending."""
+        if num_rows == len(self.hashes):
             return self
-        failures = {
-            feature: [*reasons[:num_rows], *[PENDING] * max(added, 0)] for feature, reasons in self.failures.items()
-        }
-        return replace(self, hashes=[*self.hashes[:num_rows], *[None] * max(added, 0)], failures=failures)
+
+        # The commit has more rows if samples were appended since the caller read the tables.
+        num_added = max(num_rows - len(self.hashes), 0)
+        failures = {}
+        for feature, reasons in self.failures.items():
+            failures[feature] = [*reasons[:num_rows], *[PENDING] * num_added]
+        return replace(self, hashes=[*self.hashes[:num_rows], *[None] * num_added], failures=failures)
 
     def without(self, features: Collection[str]) -> "Commit":
         """Return the commit without some features."""
-        files = {name: files for name, files in self.features.items() if name not in features}
-        return replace(self, features=files, attributes={k: v for k, v in self.attributes.items() if k in files})
+        files = dict(self.features)
+        for name in features:
+            files.pop(name, None)
+        attributes = {name: value for name, value in self.attributes.items() if name in files}
+        return replace(self, features=files, attributes=attributes)
 
     def used_rows(self) -> list[int]:
         """Return the rows, counted from the start of the chunk, that have at least one feature."""
@@ -195,45 +206,56 @@ class Commit:
         return rows
 
     def is_complete(self, feature: str) -> bool:
-        """Return whether every row has the feature or a reason why not."""
+        """Return whether every row has the feature, or a reason other than `PENDING`."""
         return feature in self.features and not self.failures[feature].count(PENDING)
 
     def check_keeps(self, earlier: "Commit", feature: str) -> None:
-        """Check that rows that had a feature in an earlier commit of the chunk have it still.
+        """Check that rows that had a feature in an earlier commit of the chunk still have it.
 
         Raises:
             UnfinishedError: their samples were removed since.
         """
-        had, has = is_none(earlier.failures[feature]), is_none(self.failures[feature])
-        size = min(len(had), len(has))
-        if (had[:size] & ~has[:size]).any():
+        had_value = is_none(earlier.failures[feature])
+        has_value = is_none(self.failures[feature])
+
+        # One of the commits is longer if samples were appended.
+        size = min(len(had_value), len(has_value))
+        if (had_value[:size] & ~has_value[:size]).any():
             raise UnfinishedError("samples were removed from the cache while it was read; run the same command again")
 
     def count_tried(self, feature: str) -> int:
         """Return how many rows from the start of the chunk are not pending."""
         reasons = self.failures[feature]
-        return next((row for row, reason in enumerate(reasons) if reason == PENDING), len(reasons))
+        for row, reason in enumerate(reasons):
+            if reason == PENDING:
+                return row
+        return len(reasons)
 
 
 def has_failed(reason: str | None) -> bool:
-    """Return whether a reason is that of an item that was tried without success."""
+    """Return whether an item with this reason was tried without success."""
     return reason not in (None, PENDING, REMOVED)
 
 
 def describe_failures(failures: Mapping[str, int]) -> str:
-    """Return how many items were removed and how many failed, of what kind, in a phrase such as `failed 1: 1 damaged`.
+    """Return the numbers of removed and failed items by kind, in a phrase such as `failed 1: 1 damaged`.
 
     Args:
-        failures: kind of failure -> number of items, with those that were removed.
+        failures: kind of failure -> number of items. Removed items are one of the kinds.
     """
-    kinds = "; ".join(f"{count:,} {kind}" for kind, count in failures.items() if has_failed(kind))
-    num_failed = sum(count for kind, count in failures.items() if has_failed(kind))
+    num_failed = 0
+    counts = []
+    for kind, count in failures.items():
+        if has_failed(kind):
+            num_failed += count
+            counts.append(f"{count:,} {kind}")
+
     removed = f"removed {failures[REMOVED]:,}, " if REMOVED in failures else ""
-    return f"{removed}failed {num_failed:,}{': ' + kinds if kinds else ''}"
+    return f"{removed}failed {num_failed:,}{': ' + '; '.join(counts) if counts else ''}"
 
 
 class _Record(Manifest):
-    """The JSON object of a commit: plain lists, which are checked without an object per row."""
+    """The JSON object of a commit, with plain lists, which are checked without an object per row."""
 
     chunk: int
     encoder: str
@@ -249,6 +271,7 @@ class _Record(Manifest):
 
 def write_commit(encoder_folder: Path, commit: Commit) -> None:
     """Commit a chunk. Its arrays must be on disk already."""
+    # The bytes of a null are undefined, but the file must not be.
     without_hash = is_none(commit.hashes)
     hashes_N16 = np.array(to_bytes(to_array(commit.hashes, HASH)))
     hashes_N16[without_hash] = 0
@@ -282,7 +305,7 @@ def remove_commit(encoder_folder: Path, chunk: int) -> None:
 
 
 def read_commit(encoder_folder: Path, chunk: int) -> Commit | None:
-    """Read the commit of a chunk; None if the chunk is not committed.
+    """Read the commit of a chunk. Returns None if the chunk is not committed.
 
     Raises:
         CorruptError: the file cannot be read or its content changed.
@@ -294,15 +317,17 @@ def read_commit(encoder_folder: Path, chunk: int) -> Commit | None:
         return None
     except OSError as error:
         raise PathError(f"cannot read {path}: {io_reason(error)}") from error
+
     try:
         record = json.loads(data)
         check_record(path, record, next_step=REPAIR)
         commit = _parse(_Record.model_validate(record))
     except (ValueError, LookupError, TypeError, RecursionError) as error:
-        if isinstance(error, EmbedcacheError):
+        if isinstance(error, EmbedcacheError):  # it says what is wrong with the file
             raise
         reason = explain(error) if isinstance(error, ValidationError) else error
         raise CorruptError(f"{path} is not a readable commit: {one_line(reason)}; {REPAIR}") from error
+
     if commit.chunk != chunk:
         raise CorruptError(f"{path}: expected the commit of chunk {chunk}, got chunk {commit.chunk}; {REPAIR}")
     return commit
@@ -314,7 +339,7 @@ def _parse(record: _Record) -> Commit:
     if len(hashes) != HASH_BYTES * num_rows:
         raise ValueError(f"expected {num_rows} hashes, got {len(hashes)} bytes")
 
-    # A bit for each row tells Arrow which hashes are null; without null there is none.
+    # A bit for each row tells Arrow which hashes are null. Arrow needs no bits if none is null.
     without_hash = record.without_hash
     is_present = np.ones(num_rows, bool)
     is_present[without_hash] = False
@@ -333,7 +358,7 @@ def _parse(record: _Record) -> Commit:
 
 
 def _reasons_column(num_rows: int, reasons: Sequence[tuple[int, str]]) -> Column[str | None]:
-    """Return the reasons of a chunk's rows, null for the others: 4 bytes per row, and the texts."""
+    """Return the reasons of a chunk's rows, null for the others. Memory: 4 bytes per row, and the strings."""
     values: list[str | None] = [None] * num_rows
     for row, reason in reasons:
         values[row] = reason
@@ -341,7 +366,7 @@ def _reasons_column(num_rows: int, reasons: Sequence[tuple[int, str]]) -> Column
 
 
 def hash_item(data: bytes, *, interval: tuple[float | None, float | None] = (None, None)) -> bytes:
-    """Return the BLAKE2b-128 of an item's raw bytes, or of its text as UTF-8; of an interval also its bounds."""
+    """Return the BLAKE2b-128 of an item's raw bytes or UTF-8 text. The hash of an interval includes its bounds."""
     content = hashlib.blake2b(data, digest_size=16)
     if interval != (None, None):
         content.update(canonical_json(list(interval)))
@@ -349,7 +374,7 @@ def hash_item(data: bytes, *, interval: tuple[float | None, float | None] = (Non
 
 
 def removed_hash(modality: str) -> bytes | None:
-    """Return the hash in the place of that of a removed item: none, or that of an empty text."""
+    """Return the hash that replaces the hash of a removed item: None, or for texts the hash of an empty string."""
     return hash_item(b"") if MODALITIES[modality].kind == "texts" else None
 
 
@@ -362,15 +387,19 @@ def number_contents(hashes: "pa.Array | pa.ChunkedArray") -> Ints:
         >>> number_contents(pa.array([b"b" * 16, None, b"a" * 16, b"b" * 16], pa.binary(16))).tolist()
         [0, 1, 2, 0]
     """
-    chunks = hashes.chunks if isinstance(hashes, pa.ChunkedArray) else [hashes]
-    firsts = [np.empty((0, 8), np.uint8), *(to_bytes(chunk)[:, :8] for chunk in chunks)]
-    first_N = np.concatenate(firsts).view(np.int64)[:, 0]
+    # The first piece is empty, because NumPy cannot concatenate zero arrays.
+    pieces = [np.empty((0, 8), np.uint8)]
+    for chunk in hashes.chunks if isinstance(hashes, pa.ChunkedArray) else [hashes]:
+        pieces.append(to_bytes(chunk)[:, :8])
+    first_N = np.concatenate(pieces).view(np.int64)[:, 0]
+
+    # Rows of null are undefined bytes.
     first_N[hashes.is_null().to_numpy(zero_copy_only=False)] = 0
     return number_values(first_N)
 
 
 def to_bytes(hashes: pa.Array) -> Array:
-    """Return hashes as (N, 16) uint8; rows of null are undefined."""
+    """Return hashes as (N, 16) uint8. Rows of null are undefined."""
     data = np.frombuffer(hashes.buffers()[1], np.uint8)
     start = hashes.offset * HASH_BYTES
     return data[start : start + len(hashes) * HASH_BYTES].reshape(-1, HASH_BYTES)
