@@ -59,20 +59,21 @@ def test_wide_beam_is_exact(seed: int, num_frames: int, num_letters: int, weight
 @settings(max_examples=25)
 @given(SEEDS, st.integers(1, 8), st.integers(1, 4), st.sampled_from(WEIGHTS))
 def test_narrow_beam_is_the_plain_beam(seed: int, num_frames: int, beam: int, weight: float) -> None:
-    """The plain search scores each prefix from scratch and runs to the longest length."""
+    """The plain search scores each prefix from scratch, as the tests of prefixes check, to the longest length."""
     log_probs, letters = random_log_probs(np.random.default_rng(seed), num_frames, 5), (1, 2, 3)
     decoder = Decoder(5, seed)
 
     @cache
-    def ctc(prefix: tuple[int, ...]) -> tuple[float, float]:
-        return prefix_log_probs(log_probs, prefix)
+    def ctc(prefix: tuple[int, ...]) -> tuple[list[float], float]:
+        prefixes = prefix_of(log_probs, prefix)
+        return prefixes.score_extensions()[0, 0].tolist(), prefixes.score_ends().item()
 
     @cache
     def attention(prefix: tuple[int, ...]) -> float:
         return attention(prefix[:-1]) + decoder.next_log_probs(0, prefix[:-1])[prefix[-1]].item() if prefix else 0.0
 
     expected, score = plain_beam(
-        lambda prefix: mixed(ctc(prefix)[0], attention(prefix), weight),
+        lambda prefix: mixed(ctc(prefix[:-1])[0][prefix[-1]], attention(prefix), weight),
         lambda prefix: mixed(ctc(prefix)[1], attention((*prefix, 4)), weight),
         letters,
         beam=beam,
@@ -160,10 +161,9 @@ def log(prob: float) -> float:
 class Decoder:
     """A step decoder whose log-probabilities are random numbers that depend on the item and the symbols so far."""
 
-    def __init__(self, num_symbols: int, seed: int, *, items: Sequence[int] = range(100), zeros: float = 0.0) -> None:
-        self.num_symbols, self.seed, self.items, self.zeros = num_symbols, seed, items, zeros
+    def __init__(self, num_symbols: int, seed: int, *, zeros: float = 0.0) -> None:
+        self.num_symbols, self.seed, self.zeros = num_symbols, seed, zeros
         self.hypotheses: list[tuple[int, Transcript]] = []
-        self.sizes: list[int] = []
 
     def next_log_probs(self, item: int, prefix: Transcript) -> Tensor:
         rng = np.random.default_rng([self.seed, item, *prefix])
@@ -176,14 +176,13 @@ class Decoder:
 
     def __call__(self, symbols_N: Tensor, parents_N: Tensor) -> Tensor:
         children = list(zip(symbols_N.tolist(), parents_N.tolist(), strict=True))
-        if not self.sizes:
+        if not self.hypotheses:
             assert {symbol for symbol, _ in children} == {self.num_symbols - 1}
-            self.hypotheses = [(self.items[parent], ()) for _, parent in children]
+            self.hypotheses = [(parent, ()) for _, parent in children]
         else:
             assert all(BLANK < symbol < self.num_symbols - 1 for symbol, _ in children)
             parents = self.hypotheses
             self.hypotheses = [(parents[row][0], (*parents[row][1], symbol)) for symbol, row in children]
-        self.sizes.append(len(children))
         return torch.stack([self.next_log_probs(*hypothesis) for hypothesis in self.hypotheses])
 
 
@@ -205,32 +204,6 @@ def plain_beam(
         extensions = [(*hypothesis, letter) for hypothesis in hypotheses for letter in letters]
         hypotheses = sorted(extensions, key=score, reverse=True)[:beam]
     return best
-
-
-def prefix_log_probs(log_probs_TC: Tensor, prefix: Transcript) -> tuple[float, float]:
-    """Return the log-probabilities of all transcripts that begin with a prefix, and of the prefix alone.
-
-    In probabilities, frame by frame: the chance to have read the prefix for the first time, and to read exactly it.
-    """
-    probs = log_probs_TC.exp()
-    blank = probs[:, BLANK] + probs[:, -1]
-    paths = [1.0] + [0.0] * (2 * len(prefix))  # blank, letter, blank, …: where a path through the prefix is
-    reached = 0.0 if prefix else 1.0
-    for t in range(len(probs)):
-        new = [0.0] * len(paths)
-        for place in range(len(paths)):
-            if place % 2 == 0:
-                new[place] = (paths[place] + (paths[place - 1] if place else 0)) * blank[t].item()
-                continue
-            letter = prefix[place // 2]
-            entering = paths[place - 1]
-            if place > 1 and prefix[place // 2 - 1] != letter:
-                entering += paths[place - 2]
-            new[place] = (paths[place] + entering) * probs[t, letter].item()
-            if place == len(paths) - 2:
-                reached += entering * probs[t, letter].item()
-        paths = new
-    return log(reached), log(sum(paths[-2:]))
 
 
 def prefix_of(log_probs: torch.Tensor, symbols: tuple[int, ...]) -> CtcPrefixes:
@@ -259,15 +232,26 @@ def test_prefix_scores_are_sums_over_paths(seed: int, num_frames: int, num_lette
             assert extended[[0, -1]].tolist() == [-math.inf, -math.inf]
 
 
+def ctc_loss(log_probs: Tensor, symbols: Sequence[int]) -> float:
+    """Return PyTorch's loss of one item without padding."""
+    sizes = (len(log_probs),), (len(symbols),)
+    targets = torch.tensor([symbols], dtype=torch.int64)
+    return torch.nn.functional.ctc_loss(log_probs[:, None], targets, *sizes, reduction="sum").item()
+
+
 @pytest.mark.slow
 @given(SEEDS, st.integers(1, 30), st.lists(st.integers(1, 5), max_size=12))
 def test_transcript_score_is_ctc_loss(seed: int, num_frames: int, symbols: list[int]) -> None:
     log_probs = random_log_probs(np.random.default_rng(seed), num_frames, 6)
     without_end = torch.cat([log_probs, torch.full((num_frames, 1), -torch.inf)], dim=1)
-    loss = torch.nn.functional.ctc_loss(
-        log_probs[:, None], torch.tensor([symbols], dtype=torch.int64), (num_frames,), (len(symbols),), reduction="sum"
-    )
-    assert prefix_of(without_end, tuple(symbols)).score_ends().item() == pytest.approx(-loss.item(), abs=1e-9)
+    prefixes = prefix_of(without_end, tuple(symbols))
+    assert prefixes.score_ends().item() == pytest.approx(-ctc_loss(log_probs, symbols), abs=1e-9)
+
+    # What begins with a prefix is the prefix alone or begins with one of its extensions.
+    begins = prefixes.score_extensions()[0, 0, 1:6]
+    prefixes.extend(torch.zeros(1, 5, dtype=torch.int64), torch.arange(1, 6)[None])
+    parts = torch.cat([prefixes.score_ends()[0, :, None], prefixes.score_extensions()[0]], dim=1)
+    torch.testing.assert_close(begins, parts.logsumexp(dim=1), atol=1e-9, rtol=0)
 
 
 def test_improbable_frames_of_a_long_item_stay_exact() -> None:
@@ -276,11 +260,9 @@ def test_improbable_frames_of_a_long_item_stay_exact() -> None:
     log_probs[:, :-1] -= 30
     log_probs[:, -1] = -torch.inf
     symbols = (1, 2, 2, 3, 4, 1)
-    loss = torch.nn.functional.ctc_loss(
-        log_probs[:, None, :-1], torch.tensor([symbols]), (400,), (len(symbols),), reduction="sum"
-    )
+    loss = ctc_loss(log_probs[:, :-1], symbols)
     assert loss > 12_000
-    assert prefix_of(log_probs, symbols).score_ends().item() == pytest.approx(-loss.item(), rel=1e-12)
+    assert prefix_of(log_probs, symbols).score_ends().item() == pytest.approx(-loss, rel=1e-12)
 
 
 @settings(max_examples=50)
