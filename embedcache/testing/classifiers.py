@@ -16,7 +16,7 @@ _WIDTH = 12
 
 
 class ClassifierContract:
-    """Tests of a function that fits a classifier; `name` is its name."""
+    """Tests of a function that fits a classifier. `name` is its name."""
 
     name: str
 
@@ -30,28 +30,35 @@ class ClassifierContract:
         val = example_vectors(num_val, seed=1) if num_val else None
         scores = fit(example_vectors(40, seed=0), val, _NUM_CLASSES).scores
         for size in (1, 7):
-            found = scores(example_vectors(size, seed=2).vectors)
-            assert found.shape == (size, _NUM_CLASSES)
-            assert found.dtype == np.float32
-            assert np.isfinite(found).all()
+            scores_NC = scores(example_vectors(size, seed=2).vectors)
+            assert scores_NC.shape == (size, _NUM_CLASSES)
+            assert scores_NC.dtype == np.float32
+            assert np.isfinite(scores_NC).all()
 
     @pytest.mark.parametrize("num_val", [0, 20])
     def test_separate_classes_are_learned(self, fit: Fit, num_val: int) -> None:
         val = example_vectors(num_val, seed=1) if num_val else None
         test = example_vectors(60, seed=2)
-        found = fit(example_vectors(40, seed=0), val, _NUM_CLASSES).scores(test.vectors).argmax(axis=1)
-        assert np.mean(found == test.labels) > 0.9
+        predictions = fit(example_vectors(40, seed=0), val, _NUM_CLASSES).scores(test.vectors).argmax(axis=1)
+        assert np.mean(predictions == test.labels) > 0.9
 
     def test_class_without_examples_is_never_found(self, fit: Fit) -> None:
         scores = fit(example_vectors(40, seed=0), None, _NUM_CLASSES + 1).scores(example_vectors(9, seed=2).vectors)
         assert scores.shape == (9, _NUM_CLASSES + 1)
-        assert (scores[:, -1] < scores[:, :-1].max(axis=1)).all()  # NaN is not less
+        # A NaN fails too, as it is not less.
+        assert (scores[:, -1] < scores[:, :-1].max(axis=1)).all()
 
     def test_same_examples_give_the_same_scores(self, fit: Fit) -> None:
-        train, val, test = (example_vectors(size, seed=seed) for seed, size in enumerate((40, 20, 9)))
+        train = example_vectors(40, seed=0)
+        val = example_vectors(20, seed=1)
+        test = example_vectors(9, seed=2)
         copies = [examples.vectors.copy() for examples in (train, val, test)]
-        first, again = (fit(train, val, _NUM_CLASSES).scores(test.vectors) for _ in range(2))
-        np.testing.assert_array_equal(first, again)
+
+        first_scores = fit(train, val, _NUM_CLASSES).scores(test.vectors)
+        second_scores = fit(train, val, _NUM_CLASSES).scores(test.vectors)
+        np.testing.assert_array_equal(first_scores, second_scores)
+
+        # The caller's arrays are not scaled or centered in place.
         for examples, copy in zip((train, val, test), copies, strict=True):
             np.testing.assert_array_equal(examples.vectors, copy)
 
@@ -63,12 +70,12 @@ class ClassifierContract:
     @pytest.mark.parametrize("num_val", [0, 20])
     def test_choices_survive_json(self, fit: Fit, num_val: int) -> None:
         val = example_vectors(num_val, seed=1) if num_val else None
-        chosen = dict(fit(example_vectors(40, seed=0), val, _NUM_CLASSES).chosen)
-        assert json.loads(json.dumps(chosen, allow_nan=False)) == chosen
+        choices = dict(fit(example_vectors(40, seed=0), val, _NUM_CLASSES).chosen)
+        assert json.loads(json.dumps(choices, allow_nan=False)) == choices
 
 
 def example_vectors(size: int, *, seed: int) -> Examples:
-    """Return vectors around one center per class, in no order of classes."""
+    """Return vectors around one center per class, with the classes in random order."""
     centers_CD = np.random.default_rng(100).standard_normal((_NUM_CLASSES, _WIDTH))
     rng = np.random.default_rng(seed)
     labels = rng.permutation(np.arange(size) % _NUM_CLASSES)
