@@ -14,7 +14,7 @@ from embedcache.train.losses import LOSSES, Positives
 
 
 class LossContract:
-    """Tests of a loss; `name` is its name."""
+    """Tests of a loss. `name` is its name."""
 
     name: str
 
@@ -59,17 +59,22 @@ class LossContract:
 
     def test_excluded_pairs_do_not_count(self, loss: torch.nn.Module) -> None:
         """The similarity of a near-duplicate pair must not matter, in either direction."""
-        here, there = (torch.tensor([0]), torch.tensor([1])), (torch.tensor([1]), torch.tensor([0]))
-        for excluded, other in ((here, there), (there, here)):
-            row, column = (int(side) for side in excluded)
-            low, high = (self._loss_at(loss, row, column, cosine, excluded=excluded) for cosine in (-0.5, 0.3))
+        for row, column in ((0, 1), (1, 0)):
+            excluded = (torch.tensor([row]), torch.tensor([column]))
+            low = self._loss_at(loss, row, column, -0.5, excluded=excluded)
+            high = self._loss_at(loss, row, column, 0.3, excluded=excluded)
             torch.testing.assert_close(low, high, msg=lambda text: f"positives.excluded must count neither way: {text}")
-            low, high = (self._loss_at(loss, row, column, cosine, excluded=other) for cosine in (-0.5, 0.3))
+
+            # A loss that ignores every negative pair would pass the check above.
+            reverse = (torch.tensor([column]), torch.tensor([row]))
+            low = self._loss_at(loss, row, column, -0.5, excluded=reverse)
+            high = self._loss_at(loss, row, column, 0.3, excluded=reverse)
             assert low < high, "a negative pair must count"
 
     def test_other_positives_are_not_negatives(self, loss: torch.nn.Module) -> None:
         """An image and the caption of another one that belong together must not be pushed apart."""
-        low, high = (self._loss_at(loss, 0, 1, cosine, positive=(0, 1)) for cosine in (-0.5, 0.0))
+        low = self._loss_at(loss, 0, 1, -0.5, positive=(0, 1))
+        high = self._loss_at(loss, 0, 1, 0.0, positive=(0, 1))
         assert high <= low, "all pairs of positives are positive, or count neither way"
 
     @staticmethod
@@ -82,14 +87,20 @@ class LossContract:
         excluded: tuple[Tensor, Tensor] | None = None,
         positive: tuple[int, int] | None = None,
     ) -> Tensor:
-        """Return the loss of four pairs with the given cosine of one first and one second item, all others fixed."""
+        """Return the loss of four pairs with one cosine of a first and a second item set, and all others fixed."""
         cosines_BB = torch.linspace(-0.3, 0.2, 16, dtype=torch.float64).reshape(4, 4) + 0.3 * torch.eye(4)
         cosines_BB[row, column] = cosine
+
+        # The second items get four more components, so that their length is 1 with these cosines.
         rests_B = (1 - cosines_BB.square().sum(dim=0)).sqrt()
         first_BP = torch.eye(8, dtype=torch.float64)[:4]
-        second_BP = torch.cat([cosines_BB.T, torch.diag(rests_B)], dim=1)  # of length 1
-        pairs = sorted({(item, item) for item in range(4)} | ({positive} if positive else set()))
-        rows, columns = (torch.tensor(side) for side in zip(*pairs, strict=True))
+        second_BP = torch.cat([cosines_BB.T, torch.diag(rests_B)], dim=1)
+
+        # Ascending by row, then by column.
+        is_positive_BB = torch.eye(4, dtype=torch.bool)
+        if positive is not None:
+            is_positive_BB[positive] = True
+        rows, columns = is_positive_BB.nonzero(as_tuple=True)
         positives = Positives(first=rows, second=columns, excluded=excluded)
         value: Tensor = loss(first_BP, second_BP, torch.tensor(5.0, dtype=torch.float64), positives).detach()
         return value
@@ -97,6 +108,7 @@ class LossContract:
     def test_several_captions_per_image(self, loss: torch.nn.Module) -> None:
         if not getattr(loss, "has_all_captions", True):
             return
+
         first, second, _ = _batch(4, seed=0)
         positives = Positives(first=torch.tensor([0, 0, 1, 1, 2, 2, 3, 3]), second=torch.arange(8))
         value = loss(first, torch.cat([second, second]), torch.tensor(3.0, dtype=torch.float64), positives)
