@@ -15,7 +15,7 @@ from embedcache.projectors.base import HasAnchors, HasLinearBranch, bind_project
 
 
 class ProjectorContract:
-    """Tests of a projector for one vector per item; `name` is its name, `widths` are D and P."""
+    """Tests of a projector for one vector per item. `name` is its name, and `widths` are D and P."""
 
     name: str
     widths = (24, 10)
@@ -40,6 +40,7 @@ class ProjectorContract:
         """Check that the projector computes x @ weights after `set_linear_map`."""
         if not isinstance(projector, HasLinearBranch):
             return
+
         weights = torch.randn(*self.widths, dtype=torch.float64)
         projector.set_linear_map(weights)
         rows = torch.randn(5, self.widths[0])
@@ -49,6 +50,8 @@ class ProjectorContract:
         """Check that two steps of gradient descent change every parameter."""
         if isinstance(projector, HasLinearBranch):
             projector.set_linear_map(torch.randn(*self.widths))
+
+        # Each loss is computed after the previous step. A layer of zeros passes no gradient in the first.
         losses = (projector(torch.randn(16, self.widths[0])).pow(2).sum() for _ in range(2))
         assert _unchanged(projector, losses) == []
 
@@ -59,7 +62,7 @@ class ProjectorContract:
 
 
 class TokenProjectorContract:
-    """Tests of a projector for token features; `name` is its name, `widths` are D and P."""
+    """Tests of a projector for token features. `name` is its name, and `widths` are D and P."""
 
     name: str
     widths = (24, 10)
@@ -89,17 +92,20 @@ class TokenProjectorContract:
         tokens = torch.randn(3, 5, self.widths[0])
         is_padding = torch.arange(5) >= lengths[:, None]
         expected = projector.eval()(tokens, lengths)
-        for filled in (torch.nan, 1e6):
-            values = tokens.masked_fill(is_padding[..., None], filled).requires_grad_()
-            found = projector(values, lengths)
-            torch.testing.assert_close(found, expected)
-            found.pow(2).sum().backward()
+
+        # NaN times a mask of zeros is NaN, so padding must be replaced before it is used.
+        for padding in (torch.nan, 1e6):
+            values = tokens.masked_fill(is_padding[..., None], padding).requires_grad_()
+            out = projector(values, lengths)
+            torch.testing.assert_close(out, expected)
+
+            out.pow(2).sum().backward()
             assert values.grad is not None
             assert values.grad.isfinite().all()
             assert not values.grad[is_padding].any()
-            assert all(
-                parameter.grad is not None and parameter.grad.isfinite().all() for parameter in projector.parameters()
-            )
+            for parameter in projector.parameters():
+                assert parameter.grad is not None
+                assert parameter.grad.isfinite().all()
 
     def test_items_are_independent(self, projector: torch.nn.Module) -> None:
         tokens = torch.randn(6, 5, self.widths[0])
@@ -114,9 +120,11 @@ class TokenProjectorContract:
 
 def _unchanged(projector: torch.nn.Module, losses: Iterable[Any]) -> list[str]:
     """Return the parameters that steps of gradient descent on the losses do not change."""
-    before = {name: parameter.detach().clone() for name, parameter in projector.named_parameters()}
-    for loss in losses if before else ():
+    initial = {name: parameter.detach().clone() for name, parameter in projector.named_parameters()}
+
+    # An optimizer refuses a projector without parameters.
+    for loss in losses if initial else ():
         projector.zero_grad()
         loss.backward()
         torch.optim.SGD(projector.parameters(), lr=0.1).step()
-    return [name for name, value in projector.named_parameters() if torch.equal(value, before[name])]
+    return [name for name, value in projector.named_parameters() if torch.equal(value, initial[name])]
