@@ -14,6 +14,5 @@ pytest must be installed; nothing else in the package imports these modules.
 import pytest
 
 # Without it, a failed assert in these modules would not show the values that it compared.
-pytest.register_assert_rewrite(
-    *(f"{__name__}.{name}" for name in ("classifiers", "encoders", "losses", "projectors", "selectors", "sources"))
-)
+for _name in ("classifiers", "encoders", "losses", "projectors", "selectors", "sources"):
+    pytest.register_assert_rewrite(f"{__name__}.{_name}")
