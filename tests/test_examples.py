@@ -19,6 +19,7 @@ from embedcache import (
     registry,
     settings,
 )
+from embedcache.testing import classifiers, encoders, losses, projectors, selectors, sources
 from tests.images import write_images
 
 
@@ -56,5 +57,12 @@ def test_examples_of_errors_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     shutil.copytree("cache", "damaged-cache")
     Path("damaged-cache/image/open_example/vector/c/0/0").write_bytes(b"damaged")
     result = doctest.testmod(errors, extraglobs={"embedcache": embedcache}, optionflags=doctest.ELLIPSIS)
+    assert result.attempted
+    assert not result.failed
+
+
+@pytest.mark.parametrize("module", [classifiers, encoders, losses, projectors, selectors, sources])
+def test_examples_of_contracts_run(module: ModuleType) -> None:
+    result = doctest.testmod(module)
     assert result.attempted
     assert not result.failed

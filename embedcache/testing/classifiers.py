@@ -1,8 +1,4 @@
-"""Contract tests for classifiers of `evaluate probe`.
-
-class TestMine(ClassifierContract):
-    name = "mypackage.probes:fit_mine"
-"""
+"""Contract tests for classifiers of `evaluate probe`."""
 
 import json
 

@@ -1,8 +1,4 @@
-"""Contract tests for training losses.
-
-class TestMine(LossContract):
-    name = "mypackage.losses:MyLoss"
-"""
+"""Contract tests for training losses."""
 
 import pytest
 import torch

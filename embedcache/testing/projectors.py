@@ -1,8 +1,4 @@
-"""Contract tests for projectors.
-
-class TestMine(ProjectorContract):
-    name = "mypackage.heads:MyProjector"
-"""
+"""Contract tests for projectors."""
 
 from collections.abc import Iterable
 from typing import Any

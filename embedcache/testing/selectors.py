@@ -1,8 +1,4 @@
-"""Contract tests for methods of selection.
-
-class TestMine(SelectorContract):
-    name = "mypackage.selection:choose"
-"""
+"""Contract tests for methods of selection."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
