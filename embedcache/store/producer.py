@@ -1,4 +1,4 @@
-"""Producers of features, and `fill`, which computes the chunks that a cache lacks of one and says what it did."""
+"""Producers of features, and `fill`, which computes the chunks that a cache lacks and reports on them."""
 
 from collections import Counter
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
@@ -24,7 +24,7 @@ Verb: TypeAlias = Literal["encoded", "derived", "imported", "copied"]
 """What a producer did with the items of a chunk."""
 
 Rows: TypeAlias = Literal["missing", "failed"]
-"""Which rows are computed: those of chunks that lack a feature, or also those that failed in other chunks."""
+"""Rows that are computed: all rows of chunks that lack a feature, or also the failed rows of other chunks."""
 
 _STEPS: Mapping[Verb, str] = {
     "encoded": "encoding",
@@ -43,16 +43,16 @@ class Output(NamedTuple):
 
     @classmethod
     def of(cls, feature: Feature) -> "Output":
-        """Return what describes a stored feature."""
+        """Return the shape, dtype and axis of a stored feature."""
         return cls(feature.item_shape, feature.dtype, feature.axis)
 
 
 class ChunkProducer(Protocol):
-    """Computes the features of one folder, a chunk at a time. The spec and the fingerprint are the folder's own."""
+    """Computes the features of one folder, a chunk at a time, as its spec and fingerprint describe them."""
 
     @property
     def verb(self) -> Verb:
-        """What the report says of the items."""
+        """Verb of the report."""
 
     @property
     def outputs(self) -> Mapping[str, Output]:
@@ -80,13 +80,13 @@ class Target:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ChunkTask:
-    """A chunk that a producer computes; this process has its leases.
+    """A chunk that a producer computes. This process has its leases.
 
     Args:
         chunk: number of the chunk.
         missing: folder -> the features that its chunk lacks.
-        commits: folder -> what its chunk has.
-        failed: rows that are tried again, counted from the start of the chunk; None: all that have no value yet.
+        commits: folder -> the commit of its chunk.
+        failed: rows that are tried again, counted from the start of the chunk. If None, all rows without a value.
     """
 
     chunk: int
@@ -107,16 +107,16 @@ class Producer(Protocol):
 
     @property
     def verb(self) -> Verb:
-        """What the report says of the items."""
+        """Verb of the report."""
 
     @property
     def targets(self) -> Sequence[Target]:
         """The folders, at least one."""
 
     def compute(self, tasks: Iterable[ChunkTask], progress: Progress) -> Generator[ComputedChunk, None, None]:
-        """Iterate over computed chunks, in the order of the tasks; it may request tasks ahead.
+        """Iterate over computed chunks, in the order of the tasks, and add their items to the progress.
 
-        It adds the items to the progress.
+        Tasks may be requested ahead.
         """
 
     def retries(self, commit: Commit) -> bool:
@@ -125,10 +125,10 @@ class Producer(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class FillReport:
-    """What was computed of the features of one folder of a cache.
+    """The work on the features of one folder of a cache.
 
     Args:
-        verb: what was done: `encoded`, `derived`, `imported` or `copied`.
+        verb: `encoded`, `derived`, `imported` or `copied`.
         modality: modality of the items.
         encoder: name of the folder: of an encoder, a view, a derivation or an import.
         features: names of the features.
@@ -198,25 +198,27 @@ def fill_all(
 ) -> list[FillReport]:
     """Compute and commit the chunks that lack an output of a producer, or that it retries.
 
-    Committed chunks stay, so that the same call finishes one that was killed. Several processes share the chunks: each
-    computes those that no other one works on, until none is left; it takes over those of a process that was killed.
-    A chunk is committed on a thread while the next one is computed.
+    Committed chunks stay, so that the same call finishes the work of a killed one. Several processes share the chunks:
+    each computes chunks on which no other process works, and takes over the chunks of a process that was killed. A
+    chunk is committed on a thread while the next one is computed.
 
     Args:
-        producers: those of one cache.
-        rows: with `failed`, also the failed rows of chunks that lack nothing.
-        shard: `(i, n)`, only the chunks whose number modulo n is i.
+        producers: producers for one cache.
+        rows: with `failed`, also compute the failed rows of chunks that have all features.
+        shard: `(i, n)`: only the chunks whose number modulo n is i.
         progress: shows the number of items.
 
     Returns:
         One report per folder.
 
     Raises:
-        FingerprintError: a feature exists with another shape, dtype or axis, or the items were others.
+        FingerprintError: a feature exists with another shape, dtype or axis, or items had other bytes.
     """
+    # All folders are checked before the first chunk is computed.
     unfinished = []
     for producer in producers:
         for target in producer.targets:
+            # A killed writer may have left complete files that are not in their places yet.
             for transaction in find_transactions(target.group.path):
                 finish(target.group.path, transaction)
             add_features(target)
@@ -227,6 +229,7 @@ def fill_all(
         filling = _Filling(producer, rows, progress)
         if chunks:
             filling.run(chunks)
+
         for target in producer.targets:
             count = filling.num_computed[target.group.name]
             reports.append(count_filled(target.group, producer.verb, list(target.outputs), count))
@@ -234,7 +237,7 @@ def fill_all(
 
 
 def add_features(target: Target) -> None:
-    """Write the metadata of the features of a folder that it lacks; see `add_feature`."""
+    """Write the metadata of the features that a folder lacks. See `add_feature`."""
     for name, output in target.outputs.items():
         add_feature(target.group, name, output.shape, output.dtype, axis=output.axis)
 
@@ -242,20 +245,25 @@ def add_features(target: Target) -> None:
 def find_unfinished(
     producer: Producer, *, rows: Rows = "missing", shard: tuple[int, int] = (0, 1)
 ) -> dict[int, Mapping[str, Sequence[str]]]:
-    """Return the chunks to compute: chunk -> folder -> features; see `fill_all`."""
-    first = producer.targets[0].group
-    number, count = shard
+    """Return the chunks to compute: chunk -> folder -> features. See `fill_all`."""
+    first_group = producer.targets[0].group
+    num_chunks = first_group.info.num_chunks(first_group.modality)
+    first_chunk, step = shard
+
     unfinished: dict[int, Mapping[str, Sequence[str]]] = {}
-    for chunk in range(number, first.info.num_chunks(first.modality), count):
-        states = {target.group.name: _find_state(producer, target, chunk, rows) for target in producer.targets}
-        missing = {folder: state.missing for folder, state in states.items() if state.missing}
-        if missing:
-            unfinished[chunk] = missing
+    for chunk in range(first_chunk, num_chunks, step):
+        features = {}
+        for target in producer.targets:
+            state = _find_state(producer, target, chunk, rows)
+            if state.missing:
+                features[target.group.name] = state.missing
+        if features:
+            unfinished[chunk] = features
     return unfinished
 
 
 class _State(NamedTuple):
-    """What a folder has of a chunk, the features to compute, and the rows to try again; None if that is no retry."""
+    """The commit of a chunk of a folder, the features to compute, and the rows of a retry, or None for a first try."""
 
     commit: Commit | None
     missing: Sequence[str]
@@ -265,11 +273,15 @@ class _State(NamedTuple):
 def _find_state(producer: Producer, target: Target, chunk: int, rows: Rows) -> _State:
     names = list(target.outputs)
     commit = target.group.commit(chunk)
-    missing = [name for name in names if not target.group.has(commit, name)]
-    if commit is None or (missing if rows == "failed" else not producer.retries(commit)):
-        return _State(commit, missing)
+    missing_names = [name for name in names if not target.group.has(commit, name)]
+    if commit is None or (missing_names if rows == "failed" else not producer.retries(commit)):
+        return _State(commit, missing_names)
 
-    failed = {row for name in names for row, reason in enumerate(commit.failures.get(name, ())) if has_failed(reason)}
+    failed = set()
+    for name in names:
+        for row, reason in enumerate(commit.failures.get(name, ())):
+            if has_failed(reason):
+                failed.add(row)
     return _State(commit, names if failed or rows == "missing" else [], failed)
 
 
@@ -289,11 +301,12 @@ class _Filling:
         self._leased = set[tuple[str, int]]()
 
     def run(self, chunks: Mapping[int, Iterable[str]]) -> None:
-        """Compute and commit chunks, given with the folders that lack them."""
+        """Compute and commit chunks, each with the folders that lack it."""
         group = self._producer.targets[0].group
         items = noun(group.modality)
         verb = self._producer.verb
         step = f"{_STEPS[verb]} {items if verb == 'encoded' else group.name}"
+
         self._progress.start(step, group.info.count_items(group.modality, chunks), items)
         try:
             while chunks:
@@ -307,6 +320,7 @@ class _Filling:
                     leases.release(chunk)
                 chunks = busy
         finally:
+            # After an error, other processes can work on the chunks.
             for folder, chunk in list(self._leased):
                 self._release(folder, chunk)
         self._progress.finish()
@@ -317,13 +331,15 @@ class _Filling:
             closing(self._producer.compute(tasks, self._progress)) as stream,
             ThreadPoolExecutor(1, thread_name_prefix="commit") as thread,
         ):
-            committing: Future[None] | None = None
+            commit: Future[None] | None = None
             for computed in stream:
-                if committing is not None:
-                    committing.result()
-                committing = thread.submit(self._commit, computed)
-            if committing is not None:
-                committing.result()
+                # At most one chunk waits, which bounds the memory.
+                if commit is not None:
+                    commit.result()
+                commit = thread.submit(self._commit, computed)
+
+            if commit is not None:
+                commit.result()
 
     def _lease_free(self, chunks: Mapping[int, Iterable[str]], busy: dict[int, list[str]]) -> Iterator[ChunkTask]:
         """Iterate over the chunks that no other process computes, each leased when it is requested."""
@@ -334,20 +350,16 @@ class _Filling:
                     busy.setdefault(chunk, []).append(folder)
                     continue
                 self._leased.add((folder, chunk))
+
                 # Another process may have committed it just before.
                 state = _find_state(self._producer, self._targets[folder], chunk, self._rows)
                 if state.missing:
                     states[folder] = state
                 else:
                     self._release(folder, chunk)
+
             if states:
-                retried = [state.failed for state in states.values() if state.failed is not None]
-                yield ChunkTask(
-                    chunk=chunk,
-                    missing={folder: state.missing for folder, state in states.items()},
-                    commits={folder: state.commit for folder, state in states.items()},
-                    failed=set().union(*retried) if retried else None,
-                )
+                yield _make_task(chunk, states)
 
     def _commit(self, computed: ComputedChunk) -> None:
         task = computed.task
@@ -355,8 +367,10 @@ class _Filling:
         for folder, features in computed.finish().items():
             if not is_retry or _has_news(task.commits[folder], features):
                 commit_chunk(self._targets[folder].group, task.chunk, *features, overwrite_failed=is_retry)
-            reasons = next(iter(features.failures.values()))
-            self.num_computed[folder] += sum(reason != PENDING for reason in reasons)
+
+            # All features of a folder have the same pending rows.
+            reasons = list(next(iter(features.failures.values())))
+            self.num_computed[folder] += len(reasons) - reasons.count(PENDING)
             self._release(folder, task.chunk)
 
     def _release(self, folder: str, chunk: int) -> None:
@@ -364,27 +378,45 @@ class _Filling:
         self._leased.discard((folder, chunk))
 
 
-def _has_news(stored: Commit | None, computed: ChunkFeatures) -> bool:
-    """Return whether a retry has a new value, or a new reason, of an item that failed; else it writes nothing."""
-    name, reasons = next(iter(computed.failures.items()))
-    return stored is None or any(
-        old is not None and new not in (PENDING, old) for new, old in zip(reasons, stored.failures[name], strict=True)
-    )
+def _make_task(chunk: int, states: Mapping[str, _State]) -> ChunkTask:
+    """Return the task of a chunk from its states in the folders that lack it."""
+    missing = {}
+    commits = {}
+    failed: set[int] | None = None
+    for folder, state in states.items():
+        missing[folder] = state.missing
+        commits[folder] = state.commit
+        if state.failed is not None:
+            failed = (failed or set()) | state.failed
+    return ChunkTask(chunk=chunk, missing=missing, commits=commits, failed=failed)
+
+
+def _has_news(commit: Commit | None, features: ChunkFeatures) -> bool:
+    """Return whether a retry has a new value or a new reason of a failed item. If not, nothing is written."""
+    if commit is None:
+        return True
+
+    name, reasons = next(iter(features.failures.items()))
+    for new_reason, old_reason in zip(reasons, commit.failures[name], strict=True):
+        if old_reason is not None and new_reason not in (PENDING, old_reason):
+            return True
+    return False
 
 
 def count_filled(group: EncoderGroup, verb: Verb, features: Sequence[str], num_computed: int) -> FillReport:
-    """Count the items of all chunks that have the first of some features.
-
-    It reads one commit at a time: those of 20 million items do not fit in memory.
-    """
+    """Count the items of all chunks that have the first of some features. Memory: one commit."""
     num_items = 0
     failures: Counter[str] = Counter()
+
+    # One commit at a time, because all commits of 20 million items do not fit in memory.
     for chunk in range(group.info.num_chunks(group.modality)):
         commit = group.commit(chunk)
         if commit is not None and group.has(commit, features[0]):
             num_items += len(commit.hashes)
             reasons = to_array(commit.failures[features[0]], pa.string()).drop_null().to_pylist()
+            # The kind of a failure is before the colon.
             failures.update(reason.partition(":")[0] for reason in reasons)
+
     return FillReport(
         verb=verb,
         modality=group.modality,
