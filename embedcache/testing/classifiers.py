@@ -12,7 +12,12 @@ _WIDTH = 12
 
 
 class ClassifierContract:
-    """Tests of a function that fits a classifier. `name` is its name."""
+    """Tests of a function that fits a classifier. `name` is its name.
+
+    Example:
+        >>> class TestMine(ClassifierContract):
+        ...     name = "my_probes:fit_mine"
+    """
 
     name: str
 

@@ -210,7 +210,13 @@ class EncoderContract:
 
 
 class ImageEncoderContract(EncoderContract):
-    """Tests that every image encoder must pass. Provide the fixtures `spec` and `other_spec`."""
+    """Tests that every image encoder must pass. Provide the fixtures `spec` and `other_spec`.
+
+    Example:
+        >>> class TestMine(ImageEncoderContract):
+        ...     spec = pytest.fixture(lambda self: "my_module:open_mine,weights=a.safetensors")
+        ...     other_spec = pytest.fixture(lambda self: "my_module:open_mine,weights=b.safetensors")
+    """
 
     modality: Modality = "image"
 
@@ -232,6 +238,12 @@ class TextEncoderContract(EncoderContract):
     """Tests that every text encoder must pass. Provide the fixtures `spec` and `other_spec`.
 
     If an encoder prepares token ids, set `max_tokens` to the number to which it truncates.
+
+    Example:
+        >>> class TestMine(TextEncoderContract):
+        ...     max_tokens = 77
+        ...     spec = pytest.fixture(lambda self: "my_module:open_mine,weights=a.safetensors")
+        ...     other_spec = pytest.fixture(lambda self: "my_module:open_mine,weights=b.safetensors")
     """
 
     modality: Modality = "text"
@@ -263,7 +275,14 @@ class TextEncoderContract(EncoderContract):
 
 
 class AudioEncoderContract(EncoderContract):
-    """Tests that every audio encoder must pass. Provide the fixtures `spec` and `other_spec`."""
+    """Tests that every audio encoder must pass. Provide the fixtures `spec` and `other_spec`.
+
+    Example:
+        >>> class TestMine(AudioEncoderContract):
+        ...     has_bfloat16 = False  # it runs in float32 only
+        ...     spec = pytest.fixture(lambda self: "my_module:open_mine,weights=a.safetensors")
+        ...     other_spec = pytest.fixture(lambda self: "my_module:open_mine,weights=b.safetensors")
+    """
 
     modality: Modality = "audio"
 
@@ -292,7 +311,13 @@ class AudioEncoderContract(EncoderContract):
 
 
 class VideoEncoderContract(EncoderContract):
-    """Tests that every video encoder must pass. Provide the fixtures `spec` and `other_spec`."""
+    """Tests that every video encoder must pass. Provide the fixtures `spec` and `other_spec`.
+
+    Example:
+        >>> class TestMine(VideoEncoderContract):
+        ...     spec = pytest.fixture(lambda self: "my_module:open_mine,weights=a.safetensors")
+        ...     other_spec = pytest.fixture(lambda self: "my_module:open_mine,weights=b.safetensors")
+    """
 
     modality: Modality = "video"
 
@@ -309,7 +334,13 @@ class VideoEncoderContract(EncoderContract):
 
 
 class PointsEncoderContract(EncoderContract):
-    """Tests that every encoder of point clouds must pass. Provide the fixtures `spec` and `other_spec`."""
+    """Tests that every encoder of point clouds must pass. Provide the fixtures `spec` and `other_spec`.
+
+    Example:
+        >>> class TestMine(PointsEncoderContract):
+        ...     has_weights = False  # so `other_spec` is omitted
+        ...     spec = pytest.fixture(lambda self: "my_module:open_mine")
+    """
 
     modality: Modality = "points"
 

@@ -10,7 +10,12 @@ from embedcache.train.losses import LOSSES, Positives
 
 
 class LossContract:
-    """Tests of a loss. `name` is its name."""
+    """Tests of a loss. `name` is its name.
+
+    Example:
+        >>> class TestMine(LossContract):
+        ...     name = "my_losses:MyLoss"
+    """
 
     name: str
 

@@ -11,7 +11,13 @@ from embedcache.projectors.base import HasAnchors, HasLinearBranch, bind_project
 
 
 class ProjectorContract:
-    """Tests of a projector for one vector per item. `name` is its name, and `widths` are D and P."""
+    """Tests of a projector for one vector per item. `name` is its name, and `widths` are D and P.
+
+    Example:
+        >>> class TestMine(ProjectorContract):
+        ...     name = "my_projectors:MyProjector"
+        ...     widths = (32, 8)
+    """
 
     name: str
     widths = (24, 10)
@@ -58,7 +64,12 @@ class ProjectorContract:
 
 
 class TokenProjectorContract:
-    """Tests of a projector for token features. `name` is its name, and `widths` are D and P."""
+    """Tests of a projector for token features. `name` is its name, and `widths` are D and P.
+
+    Example:
+        >>> class TestMine(TokenProjectorContract):
+        ...     name = "my_projectors:MyTokenProjector"
+    """
 
     name: str
     widths = (24, 10)

@@ -25,6 +25,11 @@ class SelectorContract:
     The pools are example caches with the inputs of the method. A method that needs other data overrides the fixture
     `paths` with a path for each of `cache`, `other` and its inputs among `scores`, `concepts`, `target` and `run`. It
     may override `select` instead, see `Select`.
+
+    Example:
+        >>> class TestMine(SelectorContract):
+        ...     name = "my_selectors:choose:threshold=0.5"
+        ...     budget = None  # the threshold decides how many are selected
     """
 
     name: str

@@ -16,6 +16,14 @@ class SourceContract:
 
     Subclasses override the fixture `source` with a small source whose images all decode. A source without images or
     without texts sets `has_images` or `has_texts` to False.
+
+    Example:
+        >>> class TestMine(SourceContract):
+        ...     has_images = False
+        ...     @pytest.fixture
+        ...     def source(self, tmp_path):
+        ...         (tmp_path / "captions.xyz").write_text("a red box")
+        ...         return embedcache.open_source(tmp_path / "captions.xyz", kind="my_sources:MySource")
     """
 
     has_images = True
