@@ -1,4 +1,4 @@
-"""What all export formats share: the notes for a model card, refusals, and the comparison with the run."""
+"""Parts that all export formats share: the notes for a model card, refusals, and the comparison with the run."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ MODALITIES: tuple[Modality, Modality] = ("image", "text")
 """Modalities of the formats that include encoders."""
 
 TOLERANCE = 1e-4
-"""Allowed difference in one component of a unit vector; float32 sums in another order differ by some 1e-6."""
+"""Allowed difference in one component of a unit vector. Sums of float32 in another order differ by some 1e-6."""
 
 TEXTS = ("a red cat", "two small dogs on the green hill, and a cat.", "x", "Zwei kleine Hunde " * 200)
 
@@ -33,11 +33,11 @@ class ExportNotes:
 
     Args:
         library: the card's `library_name`.
-        task: the card's `pipeline_tag`; None: no tag fits.
-        requirements: what `pip install` needs to load it.
+        task: the card's `pipeline_tag`, or None if no tag fits.
+        requirements: packages that `pip install` needs to load it.
         differences: modality -> largest difference from the run in one component of a unit vector.
         encoders: modalities whose encoder is included.
-        address: where open_clip finds the text tower's config.
+        address: path or repository from which open_clip reads the text tower's config.
     """
 
     library: str
@@ -64,8 +64,10 @@ def check_plain(tower_input: RunInput, format_name: str) -> None:
     """Check that a feature is an encoder's plain output: not derived, and not of a view."""
     name = tower_input.feature
     fingerprint = tower_input.fingerprint
+
     if fingerprint["family"] == DERIVED:
         raise unsupported(format_name, f"the feature {name} is derived from other features, so no encoder computes it")
+
     view = fingerprint.get("view")
     if view is not None:
         raise unsupported(format_name, f"the feature {name} is built from the view {view['name']!r}, not the encoder")
@@ -81,26 +83,29 @@ def unsupported(format_name: str, reason: str, next_step: str = "") -> SettingEr
 
 
 def compare_examples(run: Run, library: str, vectors: Mapping[Modality, Any]) -> dict[str, float]:
-    """Compare the example vectors of a library with the run's; return the largest difference per modality."""
-    return {name: check_parity(library, rows, embed_examples(run, name)) for name, rows in vectors.items()}
+    """Compare the example vectors of a library with the run's, and return the largest difference per modality."""
+    differences: dict[str, float] = {}
+    for modality, actual in vectors.items():
+        differences[modality] = check_parity(library, actual, embed_examples(run, modality))
+    return differences
 
 
 def embed_examples(run: Run, modality: Modality) -> Floats:
-    """Embed the example images or texts with the run's own encoder: (N, P) float32 unit vectors.
-
-    The encoder computes in float32, as exported models do, whatever the stored features have.
-    """
+    """Embed the example images or texts with the run's encoder: (N, P) float32 unit vectors."""
+    # Exported models compute in float32, whatever the precision of the stored features.
     inputs = dict(run.info.inputs)
     side = inputs[modality]
     inputs[modality] = replace_fields(side, fingerprint={**side.fingerprint, "precision": "float32"})
     encoder = open_projected_encoder(modality, replace(run, info=replace_fields(run.info, inputs=inputs)))
-    items: Sequence[Any] = [rgb_image(image) for image in example_images()] if modality == "image" else TEXTS
+
+    items: Sequence[Any] = list(map(rgb_image, example_images())) if modality == "image" else TEXTS
     return encoder.embed(encoder.prepare(items))
 
 
 def check_parity(library: str, actual: Any, expected: Floats) -> float:
-    """Return the largest difference of a component of unit vectors; raise `ArtifactError` if it is too large or NaN."""
+    """Return the largest difference of a component of unit vectors. Raise `ArtifactError` if it is too large or NaN."""
     difference = float(np.abs(np.asarray(actual, np.float32) - expected).max(initial=0))
+    # NaN is not above the tolerance either, so the comparison is negated.
     if not difference <= TOLERANCE:
         raise ArtifactError(
             f"{library}: expected vectors that differ from the run's by at most {TOLERANCE:.0e}, got {difference:.1e}; "
@@ -117,6 +122,8 @@ def example_images() -> list[Image.Image]:
     random = np.random.default_rng(0)
     sizes = ((320, 200), (200, 320), (37, 41))
     noise = [Image.fromarray(random.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
+
+    # Libraries convert these to RGB in different ways.
     transparent = Image.fromarray(random.integers(0, 256, (80, 60, 4), dtype=np.uint8))
     gray = Image.fromarray(random.integers(0, 2**16, (60, 80), dtype=np.uint16))
     return [*noise, Image.new("RGB", (120, 90), (200, 30, 60)), transparent, gray, _lying_jpeg(random)]
@@ -124,6 +131,8 @@ def example_images() -> list[Image.Image]:
 
 def _lying_jpeg(random: np.random.Generator) -> Image.Image:
     blocks = Image.fromarray(random.integers(0, 256, (5, 7, 3), dtype=np.uint8)).resize((140, 100))
+
+    # Orientation 6: viewers turn the image by 90 degrees clockwise.
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
     file = io.BytesIO()

@@ -18,7 +18,7 @@ _UNKNOWN_LICENSE = "unknown: ask its authors"
 
 
 def write_card(path: Path, run: Run, notes: ExportNotes, format_name: str, metrics: Any) -> None:
-    """Write the model card, `README.md`; of files it has only the names, as it may become public.
+    """Write the model card, `README.md`. It contains only names of files, not paths, as it may become public.
 
     Raises:
         SettingError: the metrics are those of another run.
@@ -28,8 +28,10 @@ def write_card(path: Path, run: Run, notes: ExportNotes, format_name: str, metri
     sides = run.info.inputs
     training = run.info.settings
     licenses = {modality: _find_license(side) for modality, side in sides.items()}
-    included = {licenses[modality] for modality in notes.encoders}
-    known_license = included.pop() if len(included) == 1 else None
+
+    # A card has one license, so encoders under different licenses are described in its text.
+    included_licenses = set(map(licenses.__getitem__, notes.encoders))
+    known_license = included_licenses.pop() if len(included_licenses) == 1 else None
 
     data = ModelCardData(
         library_name=notes.library,
@@ -60,28 +62,32 @@ def write_card(path: Path, run: Run, notes: ExportNotes, format_name: str, metri
 
 
 def _find_license(tower_input: RunInput) -> str | None:
-    """Return the license of a packaged encoder, or that in the model card of its folder; None if unknown."""
+    """Return the license of a packaged encoder, or the license in the model card of its folder, or None if unknown."""
     from huggingface_hub import ModelCard
 
     fingerprint = tower_input.fingerprint
-    for (family, start), known in _KNOWN_LICENSES.items():
+    for (family, start), license_name in _KNOWN_LICENSES.items():
         if fingerprint["family"] == family and fingerprint["model"].startswith(start):
-            return known
+            return license_name
+
     card = Path(tower_input.spec.partition(":")[2].partition(",")[0]) / "README.md"
     if not card.is_file():
         return None
-    license_name: str | None = ModelCard.load(card, ignore_metadata_errors=True).data.get("license")
-    return license_name
+    card_license: str | None = ModelCard.load(card, ignore_metadata_errors=True).data.get("license")
+    return card_license
 
 
 def _report_of(run: Run, metrics: Any) -> Mapping[str, Any]:
-    """Return the report of a run, alone or with other seeds of its recipe, among those of `evaluate --output`."""
+    """Return the report of `evaluate --output` about a run, which may include other seeds of its recipe."""
+    # The file may be any JSON, so each value may be missing or of another type.
     try:
         for report in metrics if isinstance(metrics, list) else [metrics]:
-            if run.path.resolve().name in {Path(name).name for name in report["pretrained"].split(",")}:
+            names = [Path(path).name for path in report["pretrained"].split(",")]
+            if run.path.resolve().name in names:
                 return dict(report)
     except (KeyError, TypeError, AttributeError):
         pass
+
     raise SettingError(
         f"metrics: expected the report of the run {run.path} that embedcache evaluate --output writes, got another file"
     )

@@ -46,10 +46,9 @@ class ExportReport:
 
     def lines(self) -> list[str]:
         """Return the differences, and where the model was uploaded to."""
-        lines = [
-            f"{modality}: differs from the run by at most {difference:.1e}"
-            for modality, difference in self.differences.items()
-        ]
+        lines = []
+        for modality, difference in self.differences.items():
+            lines.append(f"{modality}: differs from the run by at most {difference:.1e}")
         return lines if self.url is None else [*lines, self.url]
 
 
@@ -101,8 +100,10 @@ def export_run(
 
     with building(out) as temporary:
         notes = writers[format_name](opened, temporary)
-        for cached in temporary.rglob("__pycache__"):
-            remove_folder(cached)
+
+        # The check ran code in the folder, which left bytecode of this Python.
+        for bytecode_folder in temporary.rglob("__pycache__"):
+            remove_folder(bytecode_folder)
         write_card(temporary / CARD, opened, notes, format_name, metrics)
 
     url = None if settings.push_to_hub is None else push_folder(out, settings.push_to_hub, is_public=settings.public)
