@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 CARD = "README.md"
 _LOG_IN = "run `hf auth login`, check the name and the network"
 _FOLDERS = (*MODALITIES, "records")
-_HIDDEN = (".*", "*/.*")  # locks, and what killed processes left
+_HIDDEN = (".*", "*/.*")  # locks, and temporary files of killed processes
 _LAST = ("cache.json", "removed-*.parquet", "samples-*.parquet", "*/items-*.parquet")
-"""Files that make a cache of the others."""
+"""Files without which the others are not a cache."""
 _MESSAGE = "Add a cache of embeddings"
 
 
@@ -54,7 +54,7 @@ def push_cache(
 
     The last commit has the tables and `cache.json`, so a first upload that is interrupted leaves no cache. The same
     command resumes it: huggingface_hub does not send files again that the repository has. The raw items are not
-    uploaded; their paths and all captions are.
+    uploaded, but their paths and all captions are.
 
     Args:
         cache_path: a local cache.
@@ -63,7 +63,7 @@ def push_cache(
         options: settings by their names on the command line, which replace those of `settings`.
 
     Raises:
-        PathError: the cache is behind a URL or holds a link, or the Hub refuses the upload or cannot be reached.
+        PathError: the cache is behind a URL or contains a link, or the Hub refuses the upload or cannot be reached.
         UnfinishedError: a removal of samples was interrupted.
         FingerprintError: the repository has another cache, or this one has changed during the upload.
         SettingError: the repository has another form than `OWNER/NAME`, or has other files.
@@ -103,7 +103,7 @@ def push_cache(
 
 
 def push_folder(folder: Path, repository: str, *, is_public: bool) -> str:
-    """Upload an export to the hub as one commit and return its URL; an existing repository keeps its visibility."""
+    """Upload an export to the hub as one commit, and return its URL. An existing repository keeps its visibility."""
     from huggingface_hub import HfApi
 
     api = HfApi()
@@ -123,8 +123,10 @@ def _check_local(cache: Cache) -> None:
     """
     if is_remote(cache.path):
         raise PathError(f"{cache.path}: expected a local cache to upload, got a URL; copy it to a folder first")
-    if cache.info.has_interrupted_removal:  # its files still hold the samples
+    # After an interrupted removal, the files still contain the samples.
+    if cache.info.has_interrupted_removal:
         raise UnfinishedError(f"{cache.path}: {INTERRUPTED_REMOVAL}")
+
     for path in cache.path.rglob("*"):
         if path.is_symlink():
             raise PathError(
@@ -141,8 +143,9 @@ def _removed_patterns(folder: Path, remote: Collection[str]) -> list[str]:
     patterns = set()
     for path in map(Path, remote):
         if path.parts[0] in _FOLDERS and not (folder / path).is_file():
-            missing = [parent for parent in path.parents if not (folder / parent).exists()]
-            patterns.add(f"{glob.escape(str(missing[-1]))}/*" if missing else glob.escape(str(path)))
+            # The outermost folder comes last.
+            absent_folders = [parent for parent in path.parents if not (folder / parent).exists()]
+            patterns.add(f"{glob.escape(str(absent_folders[-1]))}/*" if absent_folders else glob.escape(str(path)))
     return sorted(patterns)
 
 
@@ -150,32 +153,37 @@ def _check_same_cache(api: Any, repository: str, cache: Cache, remote: Collectio
     """Check that a repository has no other files, and no other cache."""
     name = info_path(cache.path).name
     if name in remote:
-        theirs = read_info(Path(api.hf_hub_download(repository, name, repo_type="dataset")).parent)
-        if not cache.info.has_rows_of(theirs.index_digest):
+        remote_info = read_info(Path(api.hf_hub_download(repository, name, repo_type="dataset")).parent)
+        if not cache.info.has_rows_of(remote_info.index_digest):
             raise FingerprintError(
                 f"repository: expected a new one or one with the samples of {cache.path}, got {repository} with "
-                f"{theirs.num_samples:,} others; name a new one"
+                f"{remote_info.num_samples:,} others; name a new one"
             )
         return
 
-    others = [path for path in remote if path.partition("/")[0] not in (*_FOLDERS, CARD, ".gitattributes")]
-    if others:
-        raise SettingError(
-            f"repository: expected a new one or one with this cache, got {repository} with {others[0]}; name a new one"
-        )
+    # A first upload that was interrupted left only folders of the cache.
+    for path in remote:
+        if path.partition("/")[0] not in (*_FOLDERS, CARD, ".gitattributes"):
+            raise SettingError(
+                f"repository: expected a new one or one with this cache, got {repository} with {path}; name a new one"
+            )
 
 
 def _dataset_card(cache: Cache, repository: str, settings: HubSettings) -> "DatasetCard":
     """Create the dataset card: the content of the cache, its encoders, and how to open it."""
     from huggingface_hub import DatasetCard, DatasetCardData
 
-    features = {name: cache.features(name) for name in MODALITIES if name in cache.info.num_items}
-    tables = {"samples": "samples-*.parquet", **{name: f"{name}/items-*.parquet" for name in features}}
-    data = DatasetCardData(
-        license=settings.license,
-        tags=["embedcache", "embeddings"],
-        configs=[{"config_name": name, "data_files": path} for name, path in tables.items()],
-    )
+    # Each table is a configuration, which the dataset viewer of the Hub shows.
+    features = {}
+    counts = []
+    configs = [{"config_name": "samples", "data_files": "samples-*.parquet"}]
+    for name in MODALITIES:
+        if name in cache.info.num_items:
+            features[name] = cache.features(name)
+            counts.append(count_items(cache.info.num_items[name], name))
+            configs.append({"config_name": name, "data_files": f"{name}/items-*.parquet"})
+    data = DatasetCardData(license=settings.license, tags=["embedcache", "embeddings"], configs=configs)
+
     source = cache.info.source
     card: DatasetCard = DatasetCard.from_template(
         data,
@@ -183,7 +191,7 @@ def _dataset_card(cache: Cache, repository: str, settings: HubSettings) -> "Data
         name=repository.partition("/")[2],
         repository=repository,
         samples=pluralize(cache.info.num_samples, "sample"),
-        counts=", ".join(count_items(cache.info.num_items[name], name) for name in features),
+        counts=", ".join(counts),
         source=f"{source.get('type')}:{Path(str(source.get('path'))).name}",
         rows=cache.info.index_digest,
         features=features,
