@@ -56,10 +56,12 @@ def _write_projectors(run: Run, folder: Path) -> ExportNotes:
         dynamic_axes = {name: {0: "batch"} for name in (*example, "embeds")}
         if isinstance(tower, TokenTower):
             dynamic_axes["features"][1] = "tokens"
+
         module = _Projection(tower).eval()
         export = OnnxExport(module=module, example=example, outputs=["embeds"], dynamic_axes=dynamic_axes)
         graph = _write_graph(export, folder / f"{modality}_projector.onnx", run, modality)
 
+        # A graph could be bound to the number of rows that it was traced with.
         row_differences = []
         for num_rows in (1, 7):
             inputs = _example_features(run, modality, num_rows, 5)
@@ -81,6 +83,8 @@ def _example_features(run: Run, modality: str, num_rows: int, num_tokens: int) -
     random = np.random.default_rng(num_rows)
     if not isinstance(run.pair.tower(modality), TokenTower):
         return {"features": random.normal(size=(num_rows, width)).astype(np.float32)}
+
+    # The shortest and the longest item are among the examples.
     lengths = random.integers(1, num_tokens + 1, num_rows)
     lengths[0] = 1
     lengths[-1] = num_tokens
@@ -121,19 +125,28 @@ def _write_towers(run: Run, folder: Path) -> ExportNotes:
 
     differences: dict[str, float] = {}
     for modality, inputs in prepared.items():
-        axes = {name: {0: "batch"} | ({1: "tokens"} if array.ndim == 2 else {}) for name, array in inputs.items()}
+        example = {}
+        first_item = {}
+        axes = {}
+        for name, array in inputs.items():
+            example[name] = array[:2]
+            first_item[name] = array[:1]
+            axes[name] = {0: "batch", 1: "tokens"} if array.ndim == 2 else {0: "batch"}
         export = OnnxExport(
             module=_ModelTower(model, modality),
-            example={name: array[:2] for name, array in inputs.items()},
+            example=example,
             outputs=["embeds"],
             dynamic_axes={**axes, "embeds": {0: "batch"}},
         )
-        next_step = "use embedcache export transformers"  # which has opened this run
+
+        # The transformers format has just been written, so it supports this run.
+        next_step = "use embedcache export transformers"
         graph = _write_graph(export, folder / f"{modality}.onnx", run, modality, next_step=next_step)
         expected = embed_examples(run, modality)
         differences[modality] = check_parity("onnxruntime", graph(inputs, ["embeds"])["embeds"], expected)
-        single = graph({name: array[:1] for name, array in inputs.items()}, ["embeds"])["embeds"]
+        single = graph(first_item, ["embeds"])["embeds"]
         check_parity("onnxruntime, for a single item,", single, expected[:1])
+
     return ExportNotes(
         library="onnx",
         task="zero-shot-image-classification",
@@ -156,7 +169,7 @@ def _fix_positions(model: Any, pixels: Array) -> None:
 
 
 def _keep_first(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return a function that computes its result once, whatever it is called with later."""
+    """Return a function that computes its result once, and returns it for all later arguments."""
     results: list[Tensor] = []
 
     def first(*arguments: Any) -> Tensor:
@@ -176,6 +189,7 @@ def _write_graph(
         export_graph(export, path)
     except ArtifactError as error:
         raise unsupported("onnx", f"{path.stem.replace('_', ' ')}: {error}", next_step) from error
+
     tower_input = run.input(modality)
     graph = onnx.load(path)
     metadata = {
