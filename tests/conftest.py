@@ -40,7 +40,7 @@ LONGEST = (
     *("quickstart/test_quickstart", "net/test_kill", "test_ray", "serve/test_page", "extract/test_remote"),
     *("cli/test_foreign_caches", "test_own_plugins", "sweep/test_sweep", "pipelines/avsr/test_train"),
     *("search/test_damage", "search/test_building", "sources/test_remote", "pipelines/avsr/test_transcribe"),
-    *("train/test_train", "export/test_open_clip", "encoders/test_lite", "export/test_export", "test_api"),
+    *("train/test_train", "export/test_formats", "encoders/test_lite", "export/test_export", "test_api"),
     *("train/test_distributed", "train/test_data", "encoders/test_derived", "pipelines/test_shapes"),
     *("extract/test_kill", "encoders/test_sentence_transformers", "sweep/test_trials", "test_packaging"),
 )

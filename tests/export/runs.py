@@ -1,5 +1,6 @@
 """Runs on tiny encoders, with random weights everywhere so that every part of a projector matters."""
 
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
@@ -41,6 +42,12 @@ def make_run(
     arguments = {"projector": projector, "widths": widths, "shared_width": width}
     info = RunInfo(kind=PAIR, arguments=arguments, inputs=inputs, settings=settings, index_digest="rows")
     return Run.create(path, info).finish(pair, {}).path
+
+
+def make_run_of(path: Path, specs: Mapping[str, str], image: str, text: str, projector: str = "mlp") -> Path:
+    """Write a run on `NAME/FEATURE` of images and of texts, whose encoders have short names."""
+    sides = [(specs[name], feature) for name, _, feature in (image.partition("/"), text.partition("/"))]
+    return make_run(path, *sides, projector, width=32 if "identity" in projector else 16)
 
 
 def _randomize(tower: torch.nn.Module) -> None:

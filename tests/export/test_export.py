@@ -27,7 +27,7 @@ from embedcache.runs import PAIR, Run, RunInfo, RunInput
 from pipelines.icons.encoders import WORDLLAMA
 from tests.crash import call_elsewhere
 from tests.edits import edit_record
-from tests.export.runs import make_run, tower_input
+from tests.export.runs import make_run, make_run_of, tower_input
 from tests.hub_server import serve_hub
 
 
@@ -176,10 +176,7 @@ def test_unsupported_run_raises(
     tmp_path: Path,
 ) -> None:
     specs = {**tiny, "wordllama": WORDLLAMA, "prompted": f"{tiny['st']},prompt=query"}
-    image_name, _, image_feature = image.partition("/")
-    text_name, _, text_feature = text.partition("/")
-    sides = (specs[image_name], image_feature), (specs[text_name], text_feature)
-    run = make_run(tmp_path / "run", *sides, projector)
+    run = make_run_of(tmp_path / "run", specs, image, text, projector)
     with pytest.raises(error, match=word):
         export_run(form, run, tmp_path / "model")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
