@@ -40,7 +40,7 @@ _HEADS: Mapping[str, Mapping[str, tuple[Mapping[str, Any], Mapping[str, str]]]] 
         "openclip-mlp-text": ({"hf_proj_type": "mlp"}, {"0.weight": "0.weight", "2.weight": "2.weight"}),
     },
 }
-"""Projector -> its entries in open_clip's config, and the names of its weights there."""
+"""Modality -> projector -> its entries in open_clip's config, and the names of its weights in open_clip."""
 
 
 def write_open_clip(run: Run, folder: Path, *, address: str) -> ExportNotes:
@@ -61,12 +61,17 @@ def write_open_clip(run: Run, folder: Path, *, address: str) -> ExportNotes:
     modules = {
         "visual.trunk": image.module.get_submodule("_model").state_dict(),
         "visual.head": image_head,
-        "text.transformer": {k: v for k, v in transformer.state_dict().items() if not k.startswith("pooler.")},
+        "text.transformer": transformer.state_dict(),
         "text.proj": text_head,
     }
-    state = {f"{module}.{name}": value for module, values in modules.items() for name, value in values.items()}
-    state["logit_scale"] = run.pair.scale.log()
-    state = {name: value.detach().clone().contiguous() for name, value in state.items()}
+
+    # safetensors writes only contiguous tensors that share no memory.
+    state = {"logit_scale": run.pair.scale.log().detach().clone().contiguous()}
+    for module, weights in modules.items():
+        for name, value in weights.items():
+            # open_clip builds the transformer without its pooler.
+            if module != "text.transformer" or not name.startswith("pooler."):
+                state[f"{module}.{name}"] = value.detach().clone().contiguous()
     save_file(state, folder / "open_clip_model.safetensors")
 
     transform = run.input("image").fingerprint["preprocessing"]
@@ -88,19 +93,21 @@ def write_open_clip(run: Run, folder: Path, *, address: str) -> ExportNotes:
         "preprocess_cfg": {
             "size": transform["input_size"][-1],
             "mode": "RGB",
-            **{name: transform[name] for name in ("mean", "std", "interpolation")},
+            "mean": transform["mean"],
+            "std": transform["std"],
+            "interpolation": transform["interpolation"],
             "resize_mode": _RESIZE_MODES[transform["crop_mode"]],
         },
     }
     spec = EncoderSpec.parse(run.input("text").spec)
     is_on_hub = spec.family == "hf" and not spec.is_path
-    name = run.input("text").fingerprint["model"] if is_on_hub else address
+    text_model = run.input("text").fingerprint["model"] if is_on_hub else address
 
     # During the check, open_clip finds the text tower's config in this folder.
     text_config |= {"hf_model_name": str(folder), "hf_tokenizer_name": str(folder)}
     write_json(folder / "open_clip_config.json", config)
     differences = _compare(run, folder)
-    text_config |= {"hf_model_name": name, "hf_tokenizer_name": name}
+    text_config |= {"hf_model_name": text_model, "hf_tokenizer_name": text_model}
     write_json(folder / "open_clip_config.json", config)
 
     return ExportNotes(
@@ -108,7 +115,7 @@ def write_open_clip(run: Run, folder: Path, *, address: str) -> ExportNotes:
         task="zero-shot-image-classification",
         requirements=("open_clip_torch>=3.3", "transformers"),
         differences=differences,
-        address=name,
+        address=text_model,
     )
 
 
@@ -131,10 +138,12 @@ def _check_supported(run: Run, text_config: Mapping[str, Any]) -> None:
 
 
 def _head(run: Run, modality: Modality) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
-    """Return the entries of a head in open_clip's config, and its weights; the length of the features is folded in."""
+    """Return the entries of a head in open_clip's config, and its weights under the names of open_clip."""
     entries, names = _HEADS[modality][projector_of(run, modality)]
     tower: Any = run.pair.tower(modality)
     weights = tower.projector.layers.state_dict()
+
+    # open_clip's heads get features as they are, so the first layer divides by their length.
     weights["0.weight"] = weights["0.weight"] / tower.length
     return entries, {names[name]: value for name, value in weights.items()}
 
@@ -148,12 +157,14 @@ def _compare(run: Run, folder: Path) -> dict[str, float]:
         model, _, preprocess = open_clip.create_model_and_transforms(name)
         tokenizer = open_clip.get_tokenizer(name)
         model.eval()
+
         # The format has no place for the conversion to RGB, which open_clip does in another way.
         images = torch.stack([preprocess(rgb_image(image)) for image in example_images()])
         vectors: dict[Modality, Tensor] = {
             "image": model.encode_image(images, normalize=True),
             "text": model.encode_text(tokenizer(list(TEXTS)), normalize=True),
         }
-    except RuntimeError as error:  # some timm networks have another width than they announce to open_clip
+    # Some timm networks have another width than they announce to open_clip.
+    except RuntimeError as error:
         raise unsupported(_FORMAT, f"open_clip cannot run its encoders: {one_line(error)}") from error
     return compare_examples(run, "open_clip", vectors)
