@@ -30,8 +30,10 @@ def write_sentence_transformers(run: Run, folder: Path) -> ExportNotes:
     library = require("sentence_transformers", extra=_FORMAT)
     check_modalities(run, ("text",), _FORMAT)
     check_plain(run.input("text"), _FORMAT)
+
     with quiet_transformers():
-        encoder = _encoder_modules(run, library)  # before the projector: another one does not help an encoder
+        # Checked before the projector: another projector does not make an encoder supported.
+        encoder = _encoder_modules(run, library)
         modules = [*encoder, *_tower_modules(run, library)]
         model = library.SentenceTransformer(modules=modules, device="cpu")
         with torch.inference_mode():
@@ -56,10 +58,12 @@ def _encoder_modules(run: Run, library: Any) -> list[Any]:
     max_tokens = int(side.fingerprint["preprocessing"].get("max_tokens", 0))
     if spec.family == "st":
         return _sentence_modules(spec, name, max_tokens, library)
+
     if spec.family == "hf" and name in ("mean", "cls"):
         parts = library.sentence_transformer.modules
         transformer = parts.Transformer(str(find_model_folder(spec).path), max_seq_length=max_tokens)
         return [transformer, parts.Pooling(transformer.get_embedding_dimension(), pooling_mode=name)]
+
     reason = f"its text feature is {side.feature}: expected the pooled one of st, or mean or cls of hf"
     raise unsupported(_FORMAT, reason)
 
@@ -68,9 +72,12 @@ def _sentence_modules(spec: EncoderSpec, name: str, max_tokens: int, library: An
     for option in _UNSUPPORTED_OPTIONS:
         if option in spec.options:
             raise unsupported(_FORMAT, f"its text encoder has the option {option}")
+
     folder = encoders.find_folder(spec).path
     model = library.SentenceTransformer(str(folder), device="cpu")
     model.max_seq_length = max_tokens
+
+    # The tower decides whether its input is normalized.
     modules = encoders.read_modules(folder)
     library_modules = [module for module in model if type(module).__name__ != "Normalize"]
 
@@ -135,6 +142,7 @@ def _dense_layers(projector: nn.Module, width: int) -> list[tuple[nn.Linear, nn.
     for module in copy.deepcopy(modules):
         if isinstance(module, nn.Linear):
             layers.append((module, nn.Identity()))
+        # At inference, batch normalization is linear.
         elif isinstance(module, nn.BatchNorm1d):
             layers[-1] = (fuse_linear_bn_eval(layers[-1][0], module), nn.Identity())
         elif not isinstance(module, nn.Dropout):
