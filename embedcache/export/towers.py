@@ -1,4 +1,4 @@
-"""Frozen encoders of a run as torch modules, with what a model folder needs beside their weights."""
+"""Frozen encoders of a run as torch modules, with the config and the processor of a model folder."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from embedcache.modeling.images import LITE_CROP_PADDING_PX
 from embedcache.runs import Run
 
 _STALE_OPTIONS = ("max_length", "stride", "truncation_strategy", "pad_to_multiple_of", "is_local", "local_files_only")
-"""Options that a tokenizer remembers from earlier use; a processor would truncate texts at that `max_length`."""
+"""Options that a tokenizer stores from earlier use. A processor would truncate texts at that `max_length`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class EncoderModule:
 
     Args:
         config: JSON values that `modeling_embedcache.py` builds it from.
-        processor: its image processor or tokenizer, of transformers.
+        processor: the image processor or tokenizer of transformers.
     """
 
     config: Mapping[str, Any]
@@ -52,6 +52,7 @@ def open_module(run: Run, modality: Modality, format_name: str) -> EncoderModule
     encoder = _openers(modality)[spec.family](spec, layers)
     config = {"features": names, "layers": layers, "width": side.width, **encoder.config}
     if modality == "image":
+        # The number of patches depends on the size of the images.
         with torch.inference_mode():
             outputs: dict[str, torch.Tensor] = encoder.module(torch.zeros(1, *config["input_size"]))
         config["shapes"] = {name: list(output.shape[1:]) for name, output in outputs.items()}
@@ -92,7 +93,10 @@ def _open_timm(spec: EncoderSpec, layers: Sequence[int]) -> EncoderModule:
     is_resized = size_px is not None and hasattr(model, "set_input_size")
     if is_resized:
         model.set_input_size(img_size=(size_px, size_px))
+
     transform = timm.pixel_transform(model, size_px)
+
+    # Without the hub, timm builds a network only by the name of its architecture.
     is_on_hub = spec.model.startswith(timm.HUB_PREFIXES)
     config = {
         "kind": "timm",
@@ -149,15 +153,17 @@ def _load_hf(folder: Path, modality: Modality) -> nn.Module:
 def _open_sentences(spec: EncoderSpec, layers: Sequence[int]) -> EncoderModule:
     modules = sentence_transformers.read_modules(sentence_transformers.find_folder(spec).path)
     model, _ = sentence_transformers.load_transformer(modules)
-    heads = [
-        {
-            "input_width": head.linear.in_features,
-            "output_width": head.linear.out_features,
-            "has_bias": head.linear.bias is not None,
-            "activation": type(head.activation).__name__,
-        }
-        for head in modules.heads
-    ]
+    heads = []
+    for head in modules.heads:
+        heads.append(
+            {
+                "input_width": head.linear.in_features,
+                "output_width": head.linear.out_features,
+                "has_bias": head.linear.bias is not None,
+                "activation": type(head.activation).__name__,
+            }
+        )
+
     config = {**_model_config(model), "pools": modules.pools, "heads": heads}
     module = TextFeatures(model, layers, modules.pools, modules.heads, spec.int_option("truncate_dim"))
     return EncoderModule(config=config, module=module, processor=_tokenizer(modules.tokenizer))
@@ -180,8 +186,11 @@ def _tokenizer(source: Path) -> Any:
 
     tokenizer = load_part(AutoTokenizer, source, "tokenizer", "add the model's tokenizer files")
     tokenizer.padding_side = "right"
+
+    # Padding is masked, so any token can pad.
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
+
     for name in _STALE_OPTIONS:
         tokenizer.init_kwargs.pop(name, None)
     if tokenizer.is_fast:

@@ -38,9 +38,12 @@ def write_transformers(run: Run, folder: Path) -> ExportNotes:
     """Write a folder that transformers opens with `trust_remote_code=True`, and check it with that library."""
     encoders = {modality: open_module(run, modality, _FORMAT) for modality in MODALITIES}
     model = _build_model(run, encoders)
+
+    # safetensors refuses tensors that share memory.
     state = {name: value.clone() for name, value in model.state_dict().items()}
     with quiet_transformers():
         model.save_pretrained(folder, state_dict=state)
+
     for encoder in encoders.values():
         encoder.processor.save_pretrained(folder)
     write_json(folder / "processor_config.json", {"processor_class": "VisionTextDualEncoderProcessor"})
@@ -68,7 +71,10 @@ def _build_model(run: Run, encoders: Mapping[Modality, EncoderModule]) -> Any:
 
     EmbedcacheConfig.register_for_auto_class()
     EmbedcacheModel.register_for_auto_class("AutoModel")
-    sides = {name: {**encoder.config, **_tower_config(run, name)} for name, encoder in encoders.items()}
+
+    sides: dict[str, Any] = {}
+    for name, encoder in encoders.items():
+        sides[name] = {**encoder.config, **_tower_config(run, name)}
     config = EmbedcacheConfig(**sides, projection_dim=run.shared_width)
     config.auto_map = {_PIPELINE: "modeling_embedcache.EmbedcacheModel"}
     model = EmbedcacheModel(config)
@@ -77,6 +83,7 @@ def _build_model(run: Run, encoders: Mapping[Modality, EncoderModule]) -> Any:
         side = model.get_submodule(f"{name}_side")
         side.encoder.load_state_dict(_tensors(encoder.module), assign=True)
         side.tower.load_state_dict(_tensors(run.pair.tower(name)))
+
     with torch.no_grad():
         model.logit_scale.copy_(run.pair.scale.log())
     return model
@@ -112,6 +119,8 @@ def _embed_examples(folder: Path) -> Mapping[Modality, Any]:
         "image": model.get_image_features(images),
         "text": model.get_text_features(texts["input_ids"], texts["attention_mask"]),
     }
+
+    # The weights are freed before the run's encoders are opened for the comparison.
     del model
     gc.collect()
     return vectors
