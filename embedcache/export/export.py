@@ -71,7 +71,7 @@ def export_run(
     Raises:
         UnknownNameError: unknown format.
         PathError: the run does not exist, the folder is not empty, or the hub rejects the upload.
-        SettingError: the format does not support the run or an option; the message says why.
+        SettingError: the format does not support the run or an option. The message says why.
         ArtifactError: the other library computes other vectors.
         MissingExtraError: the other library is not installed.
 

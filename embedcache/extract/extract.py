@@ -95,7 +95,7 @@ def extract(
         UnknownNameError: a modality, encoder or feature is unknown.
         SourceError: the source cannot be indexed, lacks a modality, or none of its items can be read.
         FingerprintError: the cache contains other samples, or features of a different encoder of that name.
-        DiskFullError: the disk is full; committed chunks stay valid, so run again with more space.
+        DiskFullError: the disk is full. Committed chunks stay valid, so run again with more space.
 
     Example:
         >>> encoder = "embedcache.testing.examples:open_example"  # needs no weights

@@ -379,12 +379,12 @@ class IndexCard(Manifest):
         feature: indexed feature as `encoder/feature`.
         spec: encoder of that feature.
         fingerprint: fingerprint of the feature.
-        run: relative path of the run that projected the feature; None: the plain feature.
+        run: relative path of the run that projected the feature. None for the plain feature.
         run_weights: SHA-256 of that run's weights.
         factory: FAISS factory string.
         num_vectors: number of items.
-        width: width of a vector; of a smaller width than the space has, these are its first components, scaled to
-            length 1 again, and so are queries.
+        width: width of a vector. If it is smaller than the width of the space, vectors and queries are cut to their
+            first components and scaled to length 1 again.
         recall_at_10: fraction of the true 10 nearest neighbors that the index finds, on `num_queries` queries that
             tuned nothing: items of the other modality for a projected index, else items of the index, which do not
             count as their own neighbors.
@@ -393,7 +393,7 @@ class IndexCard(Manifest):
         search: FAISS search parameters that tuning chose.
         min_recall: requested `recall_at_10`.
         recall_at_1: fraction of queries whose nearest neighbor is found first.
-        memory_bytes: memory while searching, by formula; None for a given factory string.
+        memory_bytes: memory while searching, by formula. None for a given factory string.
         on_disk: whether the inverted lists stay on disk during search.
         files: FAISS indexes, `index-N.faiss`, and the row of each of their vectors, `index-N.rows.npy`. There is one
             index, or with lists on disk several, each of which has a part of the vectors.

@@ -312,19 +312,19 @@ def build_index(
     the cache since is filled again without them, and kept whatever its recall. Any other that misses the requested
     recall is deleted.
 
-    Memory: the index, a chunk of the feature, and a sample to train on; with lists on disk, 1 GB of codes.
+    Memory: the index, a chunk of the feature, and a sample to train on. With lists on disk, also 1 GB of codes.
 
     Args:
         cache: path or URL of the cache.
         index: folder of the index, for its files and `card.json`.
-        settings: what is indexed, and which kind of index is built.
+        settings: modality, feature and run to index, and kind of the index.
         options: settings by their names on the command line, which replace those of `settings`.
         progress: progress in items.
 
     Raises:
-        SettingError: nothing fits the memory, or nothing that fits reaches the recall; the message says what would.
-        FingerprintError: the run was trained on another encoder's features, or the folder holds another index.
-        PathError: the folder holds other files.
+        SettingError: no index fits the memory, or none that fits reaches the recall. The message names one that would.
+        FingerprintError: the run was trained on another encoder's features, or the folder contains another index.
+        PathError: the folder contains other files.
         UnfinishedError: chunks of the feature are missing.
         DataError: the feature has several vectors per item, or no valid item.
 

@@ -44,16 +44,16 @@ _IN_FILES = tuple(modality.name for modality in FILE_MODALITIES)
 
 @dataclass(frozen=True, kw_only=True)
 class Queries:
-    """Queries of one search; results come in this order.
+    """Queries of one search. Results come in the order of the arguments below.
 
     Args:
         texts: one text or several, to encode.
         images: one image or several, to encode: paths, bytes of files, or open PIL images.
-        items: modality -> one item or several of any modality, to encode, such as paths of recordings; see `ItemLike`.
+        items: modality -> one item or several of any modality, to encode, such as paths of audio. See `ItemLike`.
         keys: keys of samples in the index's cache: the stored vector of the first item of the index's modality.
         rows: rows of items of the index's modality: the stored vector.
         concepts: names in `concept_cache`: the mean vector of the prompts of each.
-        concept_cache: cache of prompts, one sample per concept, named by its column `class`, else by its key; or a
+        concept_cache: cache of prompts, one sample per concept, named by its column `class`, else by its key. Or a
             `.txt` of names, which are encoded once.
         vectors: (Q, P) or (P,) of any float type, an array or a tensor, in the space of the index.
 

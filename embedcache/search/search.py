@@ -67,14 +67,13 @@ class Hit:
     """One search result.
 
     Args:
-        score: cosine similarity to the query, from -1 to 1; for an index of codes, its estimate. Of a search by words,
-            the BM25 score of the best caption; by both, the sum of reciprocal ranks.
+        score: cosine similarity to the query, from -1 to 1, or its estimate for an index of codes. With `match="words"`
+            the BM25 score of the best caption, with `match="both"` the sum of reciprocal ranks.
         row: row of the item in the table of its modality.
         key: key of its sample.
-        path: file of the item as its source names it, relative to the source if it lies below it; for bytes in a shard
-            or a table, that file; None for a text, and where the source names no file.
-        captions: for an image, at most three captions of its sample, in the language of the first; for a caption, the
-            caption.
+        path: file of the item as its source names it, relative to the source if it lies below it. For bytes in a shard
+            or a table, the path of the shard or table. None for a text, or if the source names no file.
+        captions: at most three captions of its sample, in the language of the first. For a caption, only the caption.
         label: label of its sample, in the column `label` or another that was named, if the cache has it.
         languages: languages of all captions, starting with the language of `captions`. None is an unknown language.
 
@@ -316,8 +315,8 @@ def search(
     Args:
         index: index built by `build_index`; to search more than once, an `OpenIndex`, which is opened once.
         queries: one text or several, or queries of all kinds.
-        settings: number of results and filter; device, column of labels, and where the run and the cache are if they
-            have moved, unless the index is open.
+        settings: number of results and filter. If the index is not open, also the device, the column of labels, and the
+            paths of a run and a cache that have moved.
         progress: progress in queries, of thousands.
         options: settings by their names on the command line, which replace those of `settings`.
 
@@ -356,8 +355,8 @@ def search(
 class OpenIndex:
     """An index that is opened once and searched many times, by one thread.
 
-    Encoders are opened when first needed. Of the cache's tables only the rows of hits are read, in blocks, and the
-    columns of a filter. Memory: the index, those blocks (see `RowReader`), and for each of the 8 filters used last one
+    Encoders are opened when first needed. From the cache's tables, only blocks with the rows of hits and the columns of
+    a filter are read. Memory: the index, these blocks (see `RowReader`), and for each of the 8 filters used last one
     byte per item, and the vectors that pass if they are few.
 
     Args:

@@ -36,7 +36,7 @@ ADAPTER: dict[str, Any] = {
 
 
 class IndexSettings(Settings):
-    """Settings of an index: what is indexed, and which kind of index is built.
+    """Settings of an index: the items and the feature to index, and the kind of the index.
 
     Example:
         >>> settings = IndexSettings(run="run", factory="Flat")

@@ -47,7 +47,7 @@ class Cache:
     """The samples and features of one dataset, read-only.
 
     `len(cache)` is the number of samples. `cache[row]` is a sample: its key, its columns, and for each modality a list
-    of its texts or of the paths of its files; `cache[5:10]` is a list of samples, `cache["label"]` a column, and
+    of its texts or of the paths of its files. `cache[5:10]` is a list of samples, `cache["label"]` is a column, and
     iterating yields all samples. Functions that accept the path of a cache also accept a `Cache`.
 
     Args:

@@ -112,11 +112,11 @@ def fit_adapter(
         options: settings by their names on the command line, which replace those of `settings`.
 
     Raises:
-        UnknownNameError: there is no such feature.
+        UnknownNameError: a feature is unknown.
         UnfinishedError: a feature has missing chunks.
         SettingError: the features are equal or of two modalities, or near-duplicates leave nothing to hold out.
         FingerprintError: the run was trained on another encoder's feature, or the folder has another adapter.
-        PathError: the folder holds other files.
+        PathError: the folder contains other files.
         DataError: too few samples have both features, or a feature has several vectors per item.
 
     Example:

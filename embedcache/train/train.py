@@ -70,13 +70,13 @@ class TrainReport(Manifest):
         reused: whether the run existed already, with the same settings and features.
         num_samples: part -> number of samples with both features. Empty for a task other than pairs.
         num_parameters: number of trained parameters.
-        best_epoch: epoch whose weights were kept; 0 is the initialization.
+        best_epoch: epoch whose weights were kept. 0 is the initialization.
         score: score that epochs are compared by, at the best epoch. For pairs it is the mean of the recalls. None if
             nothing could be compared.
         measures: validation metrics at the best epoch. For pairs they are recalls.
         samples_per_s: training samples per second, since the run started or resumed.
         num_held_out: number of selected samples that the split holds out. None without a selection.
-        recipes: recipes that were compared on the validation part, the simplest first; empty without `recipe`.
+        recipes: recipes that were compared on the validation part, the simplest first. Empty without `recipe`.
 
     Example:
         >>> report = embedcache.train_projectors("cache", "run", split="key", epochs=2)
@@ -247,26 +247,26 @@ def train(
     With prototypes, a cache may lack one of the modalities, such as photos without captions. The run is then the closed
     form of the prototypes, centered on the feature of the cache, and nothing is held out.
 
-    The run folder gets `run.json`, `split.parquet`, `losses.jsonl`, `last.safetensors` and `model.safetensors`; while
-    it is trained also `checkpoint.pt`, from which an interrupted run resumes. A finished run with the same settings is
+    The files of the run are `run.json`, `split.parquet`, `losses.jsonl`, `last.safetensors` and `model.safetensors`,
+    and during training `checkpoint.pt`, from which an interrupted run resumes. A finished run with the same settings is
     reused. Memory: the features, or `memory`, and about 270 bytes per pair. Under torchrun all processes must call it.
 
     Args:
         caches: one cache, or several made by the same encoders.
         run: folder of the run.
         feature: features of two modalities as `modality=encoder/feature`, or as `encoder/feature` if only one modality
-            has it; or modality -> feature. Several of one encoder are joined by `+`. A modality without a name has one
-            feature; without any name they are images and texts, or the only two that the cache has features of.
+            has it, or as modality -> feature. Several features of one encoder are joined by `+`. A modality that is not
+            named must have one feature. If None, images and texts, or the only two modalities with features.
         settings: settings of the run.
         options: settings by their names on the command line, which replace those of `settings`.
         progress: progress in steps.
 
     Raises:
-        UnknownNameError: there is no feature, projector, loss, language or split of that name.
+        UnknownNameError: a feature, projector, loss, language or split is unknown.
         UnfinishedError: a feature has missing chunks.
-        FingerprintError: the folder holds a run with other settings or of the items before some were retried, or
+        FingerprintError: the folder contains a run with other settings or of the items before some were retried, or
             different encoders made the caches.
-        PathError: the folder holds other files, or the selection or a table of hard negatives does not exist.
+        PathError: the folder contains other files, or the selection or a table of hard negatives does not exist.
         SettingError: a missing device, a batch larger than the data, contradictory settings, or near-duplicates that
             leave nothing to hold out.
         DataError: too few samples, a feature that does not fit its projector, or a loss that is NaN or infinite.
