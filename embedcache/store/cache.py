@@ -4,6 +4,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 from itertools import pairwise
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
@@ -72,12 +73,14 @@ class Cache:
         self._sample_columns: dict[str, pa.ChunkedArray] = {}
 
     def __fspath__(self) -> str:
-        """Return the path or URL, so that functions that take a path of a cache take a `Cache`."""
+        """Return the path or URL, so that functions that accept a path of a cache accept a `Cache`."""
         return str(self.path)
 
     def __repr__(self) -> str:
-        items = "".join(f", {count_items(count, modality)}" for modality, count in self.info.num_items.items())
-        return f"Cache({str(self.path)!r}: {pluralize(len(self), 'sample')}{items})"
+        counts = [pluralize(len(self), "sample")]
+        for modality, count in self.info.num_items.items():
+            counts.append(count_items(count, modality))
+        return f"Cache({str(self.path)!r}: {', '.join(counts)})"
 
     def __len__(self) -> int:
         return self.info.num_samples
@@ -92,7 +95,7 @@ class Cache:
     def __getitem__(self, place: str) -> pa.ChunkedArray: ...
 
     def __getitem__(self, place: int | slice | str) -> Any:
-        """Return a sample, samples or a column; reads the blocks of the tables that hold the rows.
+        """Return a sample, samples or a column. Only the blocks of the tables that contain the rows are read.
 
         Raises:
             IndexError: there is no such row.
@@ -141,15 +144,19 @@ class Cache:
         return self._open_readers()
 
     def _open_readers(self, kept_rows: int | None = None) -> Mapping[str, "RowReader"]:
-        columns = {m: ["sample", "text" if m == "text" else "path"] for m in self.info.num_items}
-        return {name: RowReader(self, name, columns.get(name), kept_rows=kept_rows) for name in (SAMPLES, *columns)}
+        readers = {SAMPLES: RowReader(self, SAMPLES, kept_rows=kept_rows)}
+        for modality in self.info.num_items:
+            columns = ["sample", "text" if modality == "text" else "path"]
+            readers[modality] = RowReader(self, modality, columns, kept_rows=kept_rows)
+        return readers
 
     def to_pandas(self, modality: str | None = None) -> "pandas.DataFrame":
         """Return the samples as a data frame, or the items of a modality, with the columns of their samples.
 
         Args:
-            modality: None: one row per sample, its key and columns. `text`: one row per caption, also `text` and
-                `language`; of other modalities, one row per file, also `path`. `sample` is the row of the sample.
+            modality: if None, there is one row per sample with its key and columns. With `text`, there is one row per
+                caption with `text` and `language`, and with other modalities one row per file with `path`. The column
+                `sample` is the row of the sample.
 
         Returns:
             Rows in the order of the cache, so that the index is the row of `Feature`. Memory: the tables.
@@ -162,6 +169,7 @@ class Cache:
         require("pandas", package="pandas")
         if modality is None:
             return self.samples.to_pandas()
+
         if modality not in self.info.num_items:
             raise unknown_name("modality", modality, self.info.num_items, where=f"of {self.path}")
         return _with_columns_of_samples(self.items(modality), self.samples).to_pandas()
@@ -181,10 +189,10 @@ class Cache:
         return self.table(SAMPLES)
 
     def column(self, name: str) -> pa.ChunkedArray:
-        """Return one column of the sample table, which is read once, without the others.
+        """Return one column of the sample table. It is read once, without the other columns.
 
         Raises:
-            KeyError: there is no such column; `columns` lists them.
+            KeyError: there is no such column. `columns` lists them.
             CorruptError: the table cannot be read, or the rows differ from their checksums.
         """
         if name not in self._sample_columns:
@@ -193,31 +201,32 @@ class Cache:
 
     @cached_property
     def removed(self) -> Ints:
-        """Rows of the samples that were removed, ascending: (M,) int64; see `embedcache.store.tables`."""
+        """Rows of the samples that were removed, ascending: (M,) int64. See `embedcache.store.tables`."""
         return read_removed(self.path, self.info).rows
 
     def removed_items(self, modality: str) -> Bools:
         """Return whether the sample of each item was removed: (N,) bool."""
         if not len(self.removed):
             return np.zeros(self.num_rows(modality), bool)
+
         samples_N = self.items(modality, columns=["sample"])["sample"].to_numpy()
         return np.isin(samples_N, self.removed)
 
     def key(self, sample: int) -> str:
-        """Return the key of one sample; reads the block that holds it. DataError if there is no such row."""
+        """Return the key of one sample, from the block that contains it. Raises DataError if there is no such row."""
         if not 0 <= sample < len(self):
             raise DataError(f"{self.path}: expected a row from 0 to {len(self) - 1}, got {sample}")
         key: str = self.table(SAMPLES, ["key"], rows=slice(sample, sample + 1))["key"][0].as_py()
         return key
 
     def items(self, modality: str, *, chunk: int | None = None, columns: Sequence[str] | None = None) -> pa.Table:
-        """Return the item table of a modality: one row per item, in row order; none if the cache has no such items.
+        """Return the item table of a modality: one row per item, in row order. Without items, the table is empty.
 
         Args:
-            modality: `text` (sample, text, language), or one of files (sample, path, offset, length; of audio and video
-                also start_s and stop_s).
-            chunk: return only the rows of this chunk; None returns all.
-            columns: names of the columns to read; None reads all.
+            modality: `text` (with columns sample, text and language), or a modality of files (with sample, path, offset
+                and length, and for audio and video also start_s and stop_s).
+            chunk: chunk whose rows are returned. If None, all rows.
+            columns: names of the columns to read. If None, all.
 
         Raises:
             UnknownNameError: there is no such modality.
@@ -234,18 +243,18 @@ class Cache:
         return self.table(modality, columns, rows=rows)
 
     def rows_of(self, name: str) -> Table:
-        """Return a table, `samples` or that of a modality, without reading it."""
+        """Return a table, `samples` or a modality, without reading it."""
         return Table(self.path, self.info.files(name), ITEM_SCHEMAS.get(name))
 
     def num_rows(self, name: str) -> int:
-        """Return the number of rows of a table, `samples` or that of a modality."""
+        """Return the number of rows of a table, `samples` or a modality."""
         return self.info.num_samples if name == SAMPLES else self.info.num_items.get(name, 0)
 
     def table(self, name: str, columns: Sequence[str] | None = None, *, rows: slice | None = None) -> pa.Table:
         """Read a table. Thread-safe.
 
-        Another process may have replaced files by `--retry-failed` or `cache remove` since this cache was opened: rows
-        keep their numbers, so that those of the new files are read.
+        Another process may have replaced files by `--retry-failed` or `cache remove` since this cache was opened. Rows
+        keep their numbers, so the new files are read instead.
 
         Args:
             name: `samples` or a modality.
@@ -260,6 +269,7 @@ class Cache:
             return self.rows_of(name).read(start, stop, columns)
         except (CorruptError, PathError):
             old_files = self.info.files(name)
+
             # Without the parts that were appended since this cache was opened.
             files = read_info(self.path).files(name)[: len(old_files)]
             if files == old_files:
@@ -268,28 +278,31 @@ class Cache:
         return Table(self.path, files, ITEM_SCHEMAS.get(name)).read(start, stop, columns)
 
     def encoders(self, modality: str) -> list[EncoderGroup]:
-        """Return the encoders with features of a modality, sorted by name; none of a modality without items."""
+        """Return the encoders with features of a modality, sorted by name. A modality without items has none."""
         names = encoder_names(self.path / modality) if modality in self.info.num_items else []
         return [open_group(self.path, modality, name, self.info) for name in names]
 
     def features(self, modality: str | None = None) -> list[Feature]:
-        """Return all features, or those of a modality, complete or not, sorted by name.
+        """Return all features or the features of a modality, complete or not, sorted by name.
 
         Raises:
             UnknownNameError: there is no such modality.
-            UnfinishedError: a removal of samples was interrupted, so that some chunks still hold them.
+            UnfinishedError: a removal of samples was interrupted, so that some chunks still contain them.
         """
         if modality not in (None, *MODALITIES):
             raise UnknownNameError(self._missing(str(modality)))
         if self.info.has_interrupted_removal:
             raise UnfinishedError(f"{self.path}: {INTERRUPTED_REMOVAL}")
 
-        modalities = MODALITIES if modality is None else [modality]
-        groups = [group for name in modalities for group in self.encoders(name)]
-        return [Feature(group, name) for group in groups for name in group.features]
+        features = []
+        for item_modality in MODALITIES if modality is None else [modality]:
+            for group in self.encoders(item_modality):
+                for name in group.features:
+                    features.append(Feature(group, name))
+        return features
 
     def default_features(self, modality: str) -> list[Feature]:
-        """Return the features of a modality that stand for it if none is named: those that were not derived.
+        """Return the features of a modality that are used if none is named: all that were not derived.
 
         If all features are derived, all are returned.
         """
@@ -301,37 +314,39 @@ class Cache:
 
         Args:
             modality: name of a modality.
-            name: `encoder/feature`; `encoder` if it has one feature; None if the modality has one feature, besides
-                those that were derived from others.
+            name: `encoder/feature`, or `encoder` if it has one feature. It may be None if the modality has one feature
+                that was not derived from others.
 
         Raises:
-            UnknownNameError: no feature has that name; the message lists those that there are.
-            AmbiguousNameError: several features have that name; the message lists them.
+            UnknownNameError: no feature has that name. The message lists the names of all features.
+            AmbiguousNameError: several features have that name. The message lists them.
         """
         features = self.features(modality)
         kind = f"{modality} feature"
         location = f"of {self.path}"
 
-        same_name = [feature for feature in features if name in (feature.name, feature.group.name)]
-        matches = self.default_features(modality) if name is None else same_name
+        if name is None:
+            matches = self.default_features(modality)
+        else:
+            matches = [feature for feature in features if name in (feature.name, feature.group.name)]
         if len(matches) == 1:
             return matches[0]
 
-        names = [feature.name for feature in features]
         if not features:
             raise UnknownNameError(self._missing(modality))
         if not matches:
+            names = list(map(attrgetter("name"), features))
             raise unknown_name(kind, name or "", names, where=location)
 
+        problem = "no name was given" if name is None else f"{name!r} matches several"
         error = AmbiguousNameError(
-            f"{kind} {location}: {'no name was given' if name is None else repr(name) + ' matches several'}; "
-            f"name one of these features: {', '.join(feature.name for feature in matches)}"
+            f"{kind} {location}: {problem}; name one of these features: {', '.join(map(attrgetter('name'), matches))}"
         )
         error.modality = modality
         raise error
 
     def _missing(self, modality: str) -> str:
-        """Return the message that the cache has no features of a modality, and what it has instead."""
+        """Return the message that the cache has no features of a modality, with the features of others."""
         if modality not in MODALITIES:
             return f"unknown modality {modality!r}; known: {', '.join(MODALITIES)}"
 
@@ -342,15 +357,21 @@ class Cache:
 
 
 def _with_columns_of_samples(items: pa.Table, samples: pa.Table) -> pa.Table:
-    """Join the columns of each item's sample; those of a sample recur."""
+    """Join the columns of each item's sample. They recur if a sample has several items."""
     item_samples = samples.take(items["sample"].combine_chunks())
-    return pa.table({name: table[name] for table in (item_samples, items) for name in table.column_names})
+
+    # The item's own columns come last: they replace columns of the sample that have the same name.
+    columns: dict[str, pa.ChunkedArray] = {}
+    for table in (item_samples, items):
+        columns.update(zip(table.column_names, table.columns, strict=True))
+    return pa.table(columns)
 
 
 def caption_error_lines(cache: Cache) -> list[str]:
-    """Return lines about the samples whose captions cannot be read; empty if there are none."""
+    """Return lines about the samples whose captions cannot be read, if there are any."""
     if "caption_error" not in cache.columns:
         return []
+
     errors = cache.column("caption_error")
     rows = np.flatnonzero(errors.is_valid())
     if not len(rows):
@@ -368,14 +389,14 @@ _MATCHED_AT_ONCE = 2**20  # Arrow hashes all keys for each block
 class RowReader:
     """Reads rows of one table of a cache, in any order. Thread-safe.
 
-    Only the blocks that hold the rows are read and compared with their checksums: 65,536 samples or a chunk of items
-    each. Memory: the blocks used last, up to `kept_rows`; after `load`, all rows in Arrow's memory.
+    Only the blocks that contain the rows are read and compared with their checksums. A block is 65,536 samples or
+    16,384 items. Memory: the blocks used last, up to `kept_rows`. After `load`, all rows are in Arrow's memory.
 
     Args:
         name: `samples` or a modality.
-        columns: names of the columns to read; None reads all.
-        kept_rows: rows of the blocks that are kept, at least one block; None: 4 million, for rows in any order. For
-            rows that ascend from call to call one block is enough: 0.
+        columns: names of the columns to read. If None, all.
+        kept_rows: rows of the blocks that are kept, at least one block. If None, 4 million, for rows in any order. If
+            rows ascend from call to call, one block is enough (0).
     """
 
     def __init__(
@@ -418,13 +439,18 @@ class RowReader:
         if not len(numbers):
             return self._block(0).schema.empty_table()
 
-        parts = np.split(rows[order] % self._size, starts[1:])
-        taken = [self._block(number).take(pa.array(part)) for number, part in zip(numbers.tolist(), parts, strict=True)]
-        return pa.concat_tables(taken).take(pa.array(np.argsort(order)))
+        block_parts = []
+        places_in_blocks = np.split(rows[order] % self._size, starts[1:])
+        for number, places in zip(numbers.tolist(), places_in_blocks, strict=True):
+            block_parts.append(self._block(number).take(pa.array(places)))
+
+        # The inverse of the order restores the order of the caller.
+        return pa.concat_tables(block_parts).take(pa.array(np.argsort(order)))
 
     def find(self, samples: Ints) -> tuple[Ints, Ints]:
-        """Return the first row of each sample in an item table, and how many rows it has: two (S,) int64."""
+        """Return the first row and the number of rows of each sample in an item table: two (S,) int64."""
         samples = np.asarray(samples, np.int64)
+
         # The rows of a sample stop where those of the next one start.
         bounds, places = np.unique(np.concatenate([samples, samples + 1]), return_inverse=True)
         if self._samples_N is not None:
@@ -436,9 +462,10 @@ class RowReader:
         return starts, stops - starts
 
     def find_key(self, key: str) -> int:
-        """Return the row of a key in the sample table, -1 if it does not have it; see `find_keys`."""
+        """Return the row of a key in the sample table, or -1 if no sample has the key. See `find_keys`."""
         if self._whole is None:
             return int(find_keys(self._cache, [key])[0])
+
         keys = self._whole["key"].chunk(0)
         return int(pc.index(keys, pa.scalar(key, keys.type)).as_py())
 
@@ -447,9 +474,10 @@ class RowReader:
         return self._cache.table(self._name, columns or self._columns, rows=rows)
 
     def _first_rows(self, samples: Ints) -> Ints:
-        """Return the first row of each sample or of a later one, from the chunks that hold them; samples ascend.
+        """Return the first row of each sample, or of the next sample with items. The samples must ascend.
 
-        A binary search reads a few chunks to find the first one of the samples that are left; then all in it are found.
+        A binary search reads a few blocks to find the block of the first remaining sample. All samples in this block
+        are then found together.
         """
         first_rows = np.full(len(samples), self._num_rows, np.int64)
         num_blocks = -(-self._num_rows // self._size)
@@ -474,7 +502,7 @@ class RowReader:
 
 
 class Keys(Sequence[str]):
-    """The keys of samples of some caches, one after another, which are read each time they are used.
+    """The keys of samples of some caches, one cache after another. They are read each time they are used.
 
     Args:
         caches: the caches.
@@ -496,7 +524,7 @@ class Keys(Sequence[str]):
         return Keys(self._caches, self._rows[places])
 
     def blocks(self, size: int = BLOCK) -> Iterator[pa.Array]:
-        """Iterate over the keys, those of `size` samples of a cache at a time. Memory: a block."""
+        """Iterate over the keys in blocks of `size` samples of a cache. Memory: a block."""
         start = 0
         for cache in self._caches:
             for block in blocks(len(cache), size):
@@ -509,23 +537,23 @@ class Keys(Sequence[str]):
 
     @property
     def array(self) -> pa.ChunkedArray:
-        """All of them in Arrow's memory."""
+        """All keys in Arrow's memory."""
         return pa.chunked_array(self.blocks(), pa.large_string())
 
 
 def keys_at(cache: Cache, rows: Ints) -> pa.ChunkedArray:
-    """Return the keys of samples of a cache, in any order: (M,) texts. Memory: these keys, and a block of others."""
+    """Return the keys of samples of a cache, in any order: (M,) strings. Memory: these keys, and a block of keys."""
     return RowReader(cache, SAMPLES, ["key"], kept_rows=0).take(rows)["key"]
 
 
 def find_keys(cache: Cache, keys: Sequence[str]) -> Ints:
-    """Return the row of each key in the sample table, -1 for a key that it does not have: (K,) int64."""
+    """Return the row of each key in the sample table, or -1 for an unknown key: (K,) int64."""
     unique_keys = pc.unique(pa.array(keys, pa.large_string()))
     rows = np.full(len(unique_keys), -1, np.int64)
     samples, places = match_keys([cache], unique_keys)
     rows[places] = samples
 
-    # A key may be asked for more than once.
+    # A key may occur more than once.
     key_rows: Ints = rows[pc.index_in(pa.array(keys, pa.large_string()), value_set=unique_keys).to_numpy()]
     return key_rows
 
@@ -533,13 +561,13 @@ def find_keys(cache: Cache, keys: Sequence[str]) -> Ints:
 def match_keys(caches: Sequence[Cache], keys: pa.Array) -> tuple[Ints, Ints]:
     """Find the samples of many keys.
 
-    Memory: a million keys of the caches, and what `keys` takes twice.
+    Memory: a million keys of the caches, and twice the memory of `keys`.
 
     Returns:
-        (M,) int64 samples that have one of the (K,) keys, ascending and counted across caches; and (M,) int64 the first
-        place of the key of each.
+        (M,) int64 samples that have one of the (K,) keys, ascending and counted across caches, and (M,) int64 the first
+        place of the key of each sample.
     """
-    # The empty pieces are there because an empty list cannot be concatenated.
+    # The first pieces are empty, because NumPy cannot concatenate zero arrays.
     rows = [np.empty(0, np.int64)]
     places = [np.empty(0, np.int64)]
 
