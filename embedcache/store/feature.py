@@ -1,6 +1,6 @@
 """The folder of one encoder, a Zarr group with the fingerprint, and its features, an array each.
 
-A commit is written after the arrays of its chunk; without it the chunk does not exist. The `zarr.json` of a feature
+A commit is written after the arrays of its chunk. Without it the chunk does not exist. The `zarr.json` of a feature
 states the shape and dtype of its items, and their axis. Rows are gathered from memory maps, chunks read in order.
 """
 
@@ -41,7 +41,7 @@ from embedcache.store.tables import Column, is_none, to_array
 M = TypeVar("M", bound=Manifest)
 
 ATTRIBUTE = "embedcache"
-"""Name of the Zarr attribute that holds all others of embedcache."""
+"""Name of the Zarr attribute that contains all attributes of embedcache."""
 
 _SAME_ENCODER = "use the same encoder, --backend and --precision as before, or extract into a new folder"
 _OTHER_NAME = (
@@ -57,9 +57,9 @@ class EncoderGroup:
     """The features of one encoder, or of one view of it.
 
     Args:
-        spec: opens the encoder again.
+        spec: name with which the encoder is opened again.
         fingerprint: everything that decides the features.
-        view: opens the view again from any folder, if the name in the fingerprint does not.
+        view: name with which the view is opened again from any folder, if the name in the fingerprint does not.
     """
 
     path: Path
@@ -91,7 +91,7 @@ class EncoderGroup:
 
     @property
     def is_imported(self) -> bool:
-        """Whether the vectors were imported: their hashes are those of the vectors, since nobody has the items."""
+        """Whether the vectors were imported. The hashes are then hashes of the vectors, since nobody has the items."""
         return self.fingerprint.get("family") == IMPORTED
 
     @property
@@ -101,13 +101,13 @@ class EncoderGroup:
 
     @property
     def inputs(self) -> list[tuple[str, str]]:
-        """Modality and name, `encoder/feature`, of the features that derived features were computed from."""
+        """Modality and name, `encoder/feature`, of the features from which derived features were computed."""
         entries = self.fingerprint.get("view", {}).get("inputs") or self.fingerprint.get("inputs", ())
         return [(entry["modality"], entry["feature"]) for entry in entries]
 
     @property
     def features(self) -> list[str]:
-        """Names of the features, complete or not, also if their metadata are missing."""
+        """Names of the features, complete or not, even if their metadata are missing."""
         return feature_names(self.path)
 
     @property
@@ -116,7 +116,7 @@ class EncoderGroup:
         return any(find_files(self.path, "chunks/*.json"))
 
     def commit(self, chunk: int) -> Commit | None:
-        """Return the commit of a chunk with the rows of the tables now, or None.
+        """Return the commit of a chunk with the rows of the current tables, or None.
 
         Raises:
             CorruptError: the commit belongs to another encoder or to other rows, or has another number of rows.
@@ -147,7 +147,7 @@ class EncoderGroup:
         return all(_has_right_size(self.path / file) for file in commit.features[feature])
 
     def check_same(self, fingerprint: Mapping[str, Any]) -> None:
-        """Check that the stored features have a fingerprint; `FingerprintError` names each field that differs."""
+        """Check that the stored features have a fingerprint. The `FingerprintError` names each field that differs."""
         is_same_family = self.fingerprint.get("family") == fingerprint.get("family")
         is_derived = self.is_derived and is_same_family
         what = f"{'derived feature' if is_derived else 'encoder'} {self.name!r} of cache {self.path.parents[1]}"
@@ -158,6 +158,7 @@ class EncoderGroup:
 def _has_right_size(file: Path) -> bool:
     """Return whether a file of a commit, the folder of its array and its number, exists and has the right size."""
     array_path = file.parent
+
     try:
         metadata = read_metadata(array_path)
         shape = metadata["chunk_grid"]["configuration"]["chunk_shape"]
@@ -175,7 +176,7 @@ def open_group(cache_path: Path, modality: str, name: str, info: CacheInfo) -> E
 
     Raises:
         PathError: there is no such folder.
-        CorruptError: its metadata is not that of an encoder.
+        CorruptError: its metadata does not describe an encoder.
     """
     path = encoder_path(cache_path, modality, name)
     record = _read_attributes(path)
@@ -193,29 +194,33 @@ def open_group(cache_path: Path, modality: str, name: str, info: CacheInfo) -> E
 
 
 def encoder_names(folder: Path) -> list[str]:
-    """Return the encoders in the folder of a modality, also those whose metadata are missing."""
-    committed = {path.parents[1].name for path in find_files(folder, f"*/{commit_path(Path(), 0)}")}
-    described = {path.parent.name for path in find_files(folder, "*/zarr.json")}
-    return sorted(committed | described)
+    """Return the encoders in the folder of a modality, even if their metadata are missing."""
+    names = set()
+    for path in find_files(folder, f"*/{commit_path(Path(), 0)}"):
+        names.add(path.parents[1].name)
+    for path in find_files(folder, "*/zarr.json"):
+        names.add(path.parent.name)
+    return sorted(names)
 
 
 def feature_names(folder: Path) -> list[str]:
-    """Return the features in the folder of an encoder, also those whose metadata are missing."""
+    """Return the features in the folder of an encoder, even if their metadata are missing."""
     commit = first_commit(folder)
-    committed = commit.features.keys() if commit else set()
-    described = {path.parent.name for path in find_files(folder, "*/zarr.json")}
-    return sorted(committed | described)
+    names = set(commit.features) if commit else set()
+    for path in find_files(folder, "*/zarr.json"):
+        names.add(path.parent.name)
+    return sorted(names)
 
 
 def first_commit(folder: Path) -> Commit | None:
-    """Return the commit of the first chunk; None if there is none, or if it is damaged."""
+    """Return the commit of the first chunk, or None if it does not exist or is damaged."""
     with suppress(ArtifactError, PathError):
         return read_commit(folder, 0)
     return None
 
 
 def find_group(cache_path: Path, modality: str, name: str, info: CacheInfo) -> EncoderGroup | None:
-    """Open the folder of one encoder; None if no chunk of it is committed."""
+    """Open the folder of one encoder. Returns None if no chunk is committed."""
     path = encoder_path(cache_path, modality, name)
     has_commits = (path / "zarr.json").exists() and any(find_files(path, "chunks/*.json"))
     return open_group(cache_path, modality, name, info) if has_commits else None
@@ -231,17 +236,21 @@ def create_group(
     fingerprint: Mapping[str, Any],
     view: str = "",
 ) -> EncoderGroup:
-    """Create the folder of one encoder, or open it if the same encoder wrote it; a folder without commits is replaced.
+    """Create the folder of one encoder, or open it if the same encoder wrote it.
+
+    A folder without commits is replaced.
 
     Raises:
-        FingerprintError: another encoder wrote it; names each field that differs with both values.
+        FingerprintError: another encoder wrote it. The error names each field that differs with both values.
     """
     if (group := find_group(cache_path, modality, name, info)) is not None:
         group.check_same(fingerprint)
         return group
 
     path = encoder_path(cache_path, modality, name)
-    attributes = {"spec": spec, "fingerprint": dict(fingerprint), **({"view": view} if view else {})}
+    attributes = {"spec": spec, "fingerprint": dict(fingerprint)}
+    if view:
+        attributes["view"] = view
     write_metadata(path, group_metadata({ATTRIBUTE: add_digest(attributes)}))
     return EncoderGroup(path=path, modality=modality, info=info, spec=spec, fingerprint=fingerprint, view=view)
 
@@ -250,7 +259,7 @@ _DTYPES = frozenset({"float16", "float32", "float64", "int8", "int16", "int32", 
 
 
 class _GroupAttributes(Manifest):
-    """What the metadata of a folder state of its encoder."""
+    """Attributes of an encoder in the metadata of its folder."""
 
     spec: str
     fingerprint: dict[str, Any]
@@ -259,7 +268,7 @@ class _GroupAttributes(Manifest):
 
 
 class FeatureAttributes(Manifest):
-    """What the metadata of a feature state besides those of its arrays.
+    """Attributes of a feature in its metadata.
 
     Args:
         item_shape: (D,), (T, D), or (-1, D) for any number of tokens.
@@ -287,7 +296,7 @@ def read_feature(group: EncoderGroup, feature: str) -> FeatureAttributes:
 
 
 def _read_attributes(path: Path) -> dict[str, Any]:
-    """Read what embedcache states in the metadata of a Zarr group or array; CorruptError if it states nothing."""
+    """Read the attributes of embedcache in the metadata of a Zarr group or array. CorruptError if there are none."""
     try:
         attributes = read_metadata(path)
     except CorruptError as error:
@@ -316,8 +325,8 @@ T = TypeVar("T")
 class Feature:
     """One named output of one encoder over all items of its modality, read-only. Open it with `Cache.feature`.
 
-    `load()` reads all rows into one array, `gather(rows)` any rows, and `chunks()` iterates over all without holding
-    them. `valid` says which rows have a value, `failures` why the others have none.
+    `load()` reads all rows into one array, `gather(rows)` reads any rows, and `chunks()` iterates over all rows without
+    keeping them in memory. `valid` tells which rows have a value, and `failures` why the others have none.
 
     Opening reads no vectors. No byte is used before it was compared with its checksum: each time a chunk is read in
     order, and once in a process when a chunk is mapped for rows in any order.
@@ -343,7 +352,7 @@ class Feature:
         self._attributes_digest = digest(attributes.to_json())
         self._maps: OrderedDict[int, Array] = OrderedDict()
 
-        # Both are filled for the chunks that were asked for only.
+        # Both are filled only for the chunks that were requested.
         self._commits: dict[int, Commit | None] = {}
         self._valid_N = np.zeros(self.num_items, bool)
 
@@ -380,20 +389,20 @@ class Feature:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Number of items, then the shape of one item; -1 where it varies."""
+        """Number of items, then the shape of one item, in which -1 is a varying number of tokens."""
         return (self.num_items, *self.item_shape)
 
     @cached_property
     def commits(self) -> list[Commit | None]:
-        """Commit of each chunk; None if this feature is not committed.
+        """Commit of each chunk, or None if this feature is not committed.
 
         Raises:
-            CorruptError: a commit has changed, or the metadata of this feature has since it was committed.
+            CorruptError: a commit has changed, or the metadata of this feature has changed since it was committed.
         """
         return [self._find_commit(chunk) for chunk in range(self.group.info.num_chunks(self.modality))]
 
     def _find_commit(self, chunk: int) -> Commit | None:
-        """Return the commit of a chunk, None if this feature is not committed; each is read once."""
+        """Return the commit of a chunk, or None if this feature is not committed. Each commit is read once."""
         if chunk not in self._commits:
             commit = self._own(self.group.commit(chunk))
             if commit is not None:
@@ -403,14 +412,14 @@ class Feature:
         return self._commits[chunk]
 
     def _own(self, commit: Commit | None) -> Commit | None:
-        """Return a commit if it has this feature, as the metadata describe it."""
+        """Return a commit if it has this feature with the attributes of the metadata, or None without the feature."""
         if commit is None or self.feature not in commit.features:
             return None
         self.check_attributes(commit)
         return commit
 
     def check_attributes(self, commit: Commit | None) -> None:
-        """Check that a chunk was committed with the shape, dtype and axis that the metadata states now.
+        """Check that a chunk was committed with the current shape, dtype and axis of the metadata.
 
         Raises:
             CorruptError: they differ.
@@ -423,13 +432,13 @@ class Feature:
 
     @property
     def valid(self) -> Bools:
-        """(N,) bool, whether each item has this feature; `has` tells of a few."""
+        """(N,) bool, whether each item has this feature. Use `has` for a few items."""
         # Reading a commit sets the rows of its chunk, so all commits are read.
         _ = self.commits
         return self._valid_N
 
     def has(self, rows: Ints) -> Bools:
-        """Return whether each row has this feature, (B,) bool, False if there is no such row.
+        """Return whether each row has this feature: (B,) bool, which is False if there is no such row.
 
         Only the commits of their chunks are read.
         """
@@ -447,7 +456,7 @@ class Feature:
     @cached_property
     def failed(self) -> tuple[Ints, pa.ChunkedArray]:
         """Rows of the failed items, ascending, and the reason of each: (M,) int64 and M strings."""
-        # The empty pieces are there because an empty list cannot be concatenated.
+        # The first pieces are empty, because an empty list cannot be concatenated.
         rows = [np.empty(0, np.int64)]
         reasons = [pa.array([], pa.string())]
 
@@ -466,13 +475,16 @@ class Feature:
 
     @property
     def hashes(self) -> Column[bytes | None]:
-        """BLAKE2b-128 of each item's raw bytes or text, in row order, of committed chunks only."""
+        """BLAKE2b-128 of each item's raw bytes or text, in row order, for committed chunks only."""
         arrays = [to_array(commit.hashes, HASH) for commit in self.commits if commit is not None]
         return Column(pa.chunked_array(arrays, HASH))
 
     def require_complete(self) -> None:
         """Check that every chunk is committed, or raise an `UnfinishedError`."""
-        num_missing = sum(commit is None or not commit.is_complete(self.feature) for commit in self.commits)
+        num_missing = 0
+        for commit in self.commits:
+            if commit is None or not commit.is_complete(self.feature):
+                num_missing += 1
         if num_missing:
             are = "is" if num_missing == 1 else "are"
             raise UnfinishedError(
@@ -484,7 +496,7 @@ class Feature:
         """Copy rows in the given order: (B,) int -> (B, D) or (B, T, D) in the dtype on disk.
 
         Raises:
-            DataError: the feature is ragged, or a row is no integer, out of range, failed or not committed.
+            DataError: the feature is ragged, or a row is not an integer, out of range, failed or not committed.
             CorruptError: a chunk differs from its checksum, which is compared when this process first maps it.
         """
         self._require_fixed()
@@ -500,6 +512,7 @@ class Feature:
 
         for number, (start, stop) in zip(numbers.tolist(), bounds, strict=True):
             places = ordered_rows[start:stop] - number * size
+
             # `take` copies whole rows, as an index does not.
             out[order[start:stop]] = self._map(number).take(places, axis=0)
         return out
@@ -518,21 +531,22 @@ class Feature:
                 tokens[position] = items[rows[position] - start]
 
         # Every row is valid, so every item has tokens.
-        assert all(array is not None for array in tokens)
-        return [array for array in tokens if array is not None]
+        arrays = [array for array in tokens if array is not None]
+        assert len(arrays) == len(rows)
+        return arrays
 
     def lengths(self) -> Ints:
-        """Return the number of tokens of each item without reading them: (N,) int64, 0 for an item that has none."""
+        """Return the number of tokens of each item without reading them: (N,) int64, 0 for a failed item."""
+        num_tokens = self.item_shape[0] if len(self.item_shape) > 1 else 1
         lengths_N = np.zeros(self.num_items, np.int64)
         for commit in self.commits:
             if commit is not None:
                 rows = self._rows(commit.chunk)
-                num_tokens = self.item_shape[0] if len(self.item_shape) > 1 else 1
-                lengths_N[rows] = (
-                    self._read(commit, partial(self._lengths, once=True))[: rows.stop - rows.start]
-                    if self.is_ragged
-                    else num_tokens
-                )
+                if self.is_ragged:
+                    lengths_B = self._read(commit, partial(self._lengths, once=True))
+                    lengths_N[rows] = lengths_B[: rows.stop - rows.start]
+                else:
+                    lengths_N[rows] = num_tokens
 
         # Items of one shape have a row in their chunk even if they failed.
         lengths_N[~self.valid] = 0
@@ -542,8 +556,8 @@ class Feature:
         """Iterate over the committed chunks in row order, with checksums checked.
 
         Yields:
-            The rows, and their (rows, D) or (rows, T, D) array: a read-only view, NaN (integers: -1) in failed rows. A
-            ragged feature yields a list of (T, D) arrays, None for a failed item.
+            The rows, and their (rows, D) or (rows, T, D) array, a read-only view. Failed rows are NaN, or -1 for
+            integers. A ragged feature yields a list of (T, D) arrays, with None for a failed item.
         """
         for commit in self.commits:
             if commit is not None:
@@ -564,23 +578,28 @@ class Feature:
         size = self._chunk_shape[0]
         for start in range(rows.start, rows.stop, size):
             number = start // size
+
             # The rows of samples that were appended later are not in the commit.
             if f"{self.feature}/{number}" not in commit.features[self.feature]:
                 return
+
             values = self._read(commit, partial(self._values, number=number))
             stop = min(start + size, rows.stop)
             yield slice(start, stop), values[: stop - start]
 
     def items(self, commit: Commit) -> list[Array | None]:
-        """Read one committed chunk as one array per item, None for a failed item; raises what `read_chunk` raises."""
-        items = [item for _, values in self.read_chunk(commit) for item in values]
+        """Read one committed chunk as one array per item, or None for a failed item. Raises as `read_chunk` does."""
+        items: list[Array | None] = []
+        for _, values in self.read_chunk(commit):
+            items += list(values)
+
         reasons = commit.failures[self.feature][: len(items)]
         return [item if reason is None else None for item, reason in zip(items, reasons, strict=True)]
 
     def load(self, *, progress: Progress | None = None) -> Array:
         """Read the complete feature into memory: (N, D) or (N, T, D), with checksums checked.
 
-        Failed rows are NaN, of integers -1. `progress`, in which the caller has started a step, advances by rows.
+        Failed rows are NaN, or -1 for integers. `progress`, in which the caller has started a step, advances by rows.
 
         Raises:
             UnfinishedError: chunks are missing.
@@ -610,10 +629,10 @@ class Feature:
 
     def _check_rows(self, rows: Ints) -> Ints:
         rows = to_rows(rows)
-        outside = (rows < 0) | (rows >= self.num_items)
-        if outside.any():
+        is_outside_B = (rows < 0) | (rows >= self.num_items)
+        if is_outside_B.any():
             raise DataError(
-                f"feature {self.name}: expected rows from 0 to {self.num_items - 1}, got {rows[outside][0]}"
+                f"feature {self.name}: expected rows from 0 to {self.num_items - 1}, got {rows[is_outside_B][0]}"
             )
 
         has_B = self.has(rows)
@@ -626,14 +645,16 @@ class Feature:
     def _commit_of(self, chunk: int) -> Commit:
         """Return the commit of a chunk with valid rows."""
         commit = self._find_commit(chunk)
+
         # The caller has checked its rows.
         assert commit is not None
         return commit
 
     def _read(self, commit: Commit, read: Callable[[Commit], T]) -> T:
-        """Read files of a chunk; again with its new commit if another process has written the chunk since.
+        """Read files of a chunk, and again with its new commit if another process has written the chunk since.
 
-        `--extend` and `--retry-failed` do: values that existed stay the same in the new files. A removal raises.
+        After `--extend` and `--retry-failed`, earlier values are the same in the new files. After a removal, an
+        UnfinishedError is raised.
         """
         try:
             return read(commit)
@@ -646,7 +667,7 @@ class Feature:
         return read(current)
 
     def _commit_after_writers(self, chunk: int) -> Commit | None:
-        """Read the commit of a chunk after a process that writes it again, or what a killed one has left for others."""
+        """Read the commit of a chunk, after the transaction of a running or killed process is finished."""
         # A user who must not write the cache cannot finish the write of a process that was killed.
         with suppress(OSError):
             finish(self.group.path, chunk)
@@ -660,7 +681,8 @@ class Feature:
         return self._own(self.group.commit(chunk))
 
     def _map(self, number: int) -> Array:
-        """Map one chunk, unless it is among those that are kept, of which other threads may remove it at any time."""
+        """Map one chunk, unless it is still mapped. Thread-safe."""
+        # Other threads may remove a map at any time, so it is looked up only once.
         values = self._maps.get(number)
         if values is None:
             commit = self._commit_of(number * self._chunk_shape[0] // self.group.info.chunk_size)
@@ -686,7 +708,7 @@ class Feature:
         return open_chunk(self.group.path / self.feature, number, self._chunk_shape, self.dtype, crc, once=once)
 
     def _lengths(self, commit: Commit, *, once: bool = False) -> Array:
-        """Map the number of tokens of each item of one chunk; -1 for a failed item."""
+        """Map the number of tokens of each item of one chunk, which is -1 for a failed item."""
         crc = self._checksum(commit, f"{self.feature}/lengths/{commit.chunk}")
         path = self.group.path / self.feature / "lengths"
         shape = (self.group.info.chunk_size,)
@@ -696,6 +718,7 @@ class Feature:
         """Map one chunk of tokens."""
         lengths = self._lengths(commit, once=once)
         name = f"values/{commit.chunk:05d}"
+
         # A chunk without tokens has one row.
         shape = (max(int(np.maximum(lengths, 0).sum()), 1), self.item_shape[1])
         crc = self._checksum(commit, f"{self.feature}/{name}/0")
