@@ -1,6 +1,5 @@
 import io
-import subprocess
-import sys
+import os
 from hashlib import sha256
 
 import numpy as np
@@ -9,9 +8,11 @@ import pytest
 from embedcache.sources import FileItem, Source, open_source
 from embedcache.testing.sources import SourceContract
 from pipelines.worlds.ray_casting import cast_rays
+from pipelines.worlds.shapes import KIND as SHAPES
 from pipelines.worlds.street import KIND, splits_of
 from pipelines.worlds.street_image import render
 from pipelines.worlds.street_scene import DOMAINS, Lidar, build_scene, open_camera, scan
+from tests.crash import call_elsewhere
 
 LOCATION = "world=3,frames=1,test=1,domains=day+night"
 
@@ -30,17 +31,19 @@ def points_of(source: Source, key: str) -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
+def digests(seed: int) -> list[str]:
+    """Return the digests of files of this world and of that of shapes."""
+    street, shapes = open_source(LOCATION, kind=KIND), open_source(f"seed={seed}", kind=SHAPES)
+    files = [street.read(FileItem(path=f"night/test/000.{end}")) for end in ("png", "npz")]
+    files += [shapes.read(FileItem(path=f"{key}.png")) for key in ("train/00004", "unseen/00007")]
+    return [sha256(data).hexdigest() for data in files]
+
+
 @pytest.mark.slow
 def test_same_bytes_in_another_process() -> None:
-    code = (
-        "from hashlib import sha256; from embedcache.sources import open_source, FileItem\n"
-        f"source = open_source({LOCATION!r}, kind={KIND!r})\n"
-        "print(*(sha256(source.read(FileItem(path=f'night/test/000.{end}'))).hexdigest() for end in ('png', 'npz')))"
-    )
-    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    source = open_source(LOCATION, kind=KIND)
-    own = [sha256(source.read(FileItem(path=f"night/test/000.{end}"))).hexdigest() for end in ("png", "npz")]
-    assert own == other
+    own = digests(3)
+    assert call_elsewhere(digests, 3, environment=os.environ) == own
+    assert digests(4)[2] != own[2]
 
 
 def test_splits_share_no_frame_and_points_have_no_image() -> None:
