@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain, zip_longest
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
@@ -98,8 +99,12 @@ def group_by_recipe(run_paths: RunPaths, *, is_control: bool = False) -> dict[st
     recipes: list[list[Path]] = []
     for group in by_recipe.values():
         group_paths = [run.path for run in group]
-        has_distinct_seeds = len({run.seed for run in group}) == len(group)
-        recipes += [group_paths] if has_distinct_seeds else [[path] for path in group_paths]
+        seeds = {run.seed for run in group}
+        if len(seeds) == len(group):
+            recipes.append(group_paths)
+        else:
+            for path in group_paths:
+                recipes.append([path])
     return _name_recipes(recipes)
 
 
@@ -113,11 +118,12 @@ def _name_recipes(recipes: Sequence[list[Path]]) -> dict[str, list[Path]]:
 
     # Runs of different studies may have the same folder names, so then their paths tell them apart.
     if len(set(names)) < len(names):
-        folders = [path.name for path in chain(*recipes)]
+        get_name = attrgetter("name")
+        folders = list(map(get_name, chain(*recipes)))
         is_unique = len(set(folders)) == len(folders)
         names = []
         for paths in recipes:
-            names.append(", ".join(path.name if is_unique else str(path) for path in paths))
+            names.append(", ".join(map(get_name if is_unique else str, paths)))
     return dict(zip(names, recipes, strict=True))
 
 
@@ -154,7 +160,7 @@ def report_line(start: str, seeds: Sequence[int], scores: Sequence[float], name:
     """Summarize a report in one line: its start, the seeds, the score of each if there are several, and a warning."""
     line = f"{start}; {'seeds' if len(seeds) > 1 else 'seed'} {', '.join(map(str, seeds))}"
     if len(seeds) > 1:
-        line += f" ({name} {', '.join(f'{score:.3f}' for score in scores)})"
+        line += f" ({name} {', '.join(map('{:.3f}'.format, scores))})"
     line += "; 95% intervals over near-duplicate groups"
     return f"{line}; WARNING: {warning}" if warning else line
 
@@ -360,7 +366,8 @@ def find_overlap(
         return None
 
     caches, absent_paths = _open_training_caches(run, cache, settings.trained_on)
-    if not (caches or absent_paths):  # no pair was trained on
+    # A run without training pairs has seen no sample.
+    if not (caches or absent_paths):
         return None
 
     # No selected sample of a cache may be in the training part.
@@ -382,7 +389,8 @@ def measure_overlap(
     progress: Progress | None = None,
 ) -> Overlap:
     """Compare evaluated items, by modality, with the training items of each cache. See `find_overlap`."""
-    samples = distinct(np.concatenate([items.items.samples for items in evaluated.values()]))
+    sample_arrays = [item_set.items.samples for item_set in evaluated.values()]
+    samples = distinct(np.concatenate(sample_arrays))
 
     # Cosines of all samples of a large part would take hours, so some are drawn.
     count = min(len(samples), _num_affordable(evaluated, trained) if trained else 0)
