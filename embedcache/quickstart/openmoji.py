@@ -83,7 +83,7 @@ class OpenmojiSource:
         return out.getvalue()
 
     def _sample(self, emoji: list[str]) -> Sample:
-        entries = [self._emoji.EMOJI_DATA[code] for code in emoji]
+        entries = list(map(self._emoji.EMOJI_DATA.__getitem__, emoji))
         key = "-".join(f"{ord(character):X}" for character in emoji[0])
         names = []
         for language in self._languages:
@@ -154,12 +154,14 @@ class _EmojiFont:
     def __init__(self, path: Path) -> None:
         font = require("fontTools.ttLib", extra="demo").TTFont(path)
         glyph_id = font.getGlyphID
-        self._characters = {code: glyph_id(name) for code, name in font.getBestCmap().items()}
+        self._characters: dict[int, int] = {}
+        for code, name in font.getBestCmap().items():
+            self._characters[code] = glyph_id(name)
         self._ligatures: dict[tuple[int, ...], int] = {}
         for parts, joined in _ligatures(font["GSUB"].table.LookupList.Lookup):
             self._ligatures[tuple(map(glyph_id, parts))] = glyph_id(joined)
 
-        # The characters of the font are replaced, so they are read before.
+        # Changes the characters of the font, so they are read before.
         self._font_bytes = _with_character_per_glyph(font)
         self._thread = local()
 
