@@ -236,7 +236,9 @@ def _sections(report: SweepReport, num_seeds: str, figures: Sequence[str]) -> li
         code=report.command,
     )
 
-    fractions = [[name, f"{fraction:.2f}"] for name, fraction in report.importance.items()]
+    fractions = []
+    for name, fraction in report.importance.items():
+        fractions.append([name, f"{fraction:.2f}"])
     importance = Section(
         title="Which settings matter",
         notes=[

@@ -4,6 +4,7 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -32,7 +33,7 @@ Value: TypeAlias = str | int | float | bool
 _SETTINGS = {item.name: item for item in flat_settings(TrainSettings)}
 _EXAMPLE = "lr = {low = 1e-4, high = 1e-2, log = true}, or projector = ['linear', 'mlp']"
 _NO_EFFECT = "it cannot improve a trial"
-_SPLIT_SETTINGS = [item.name for item in flat_settings(SplitSettings)]
+_SPLIT_SETTINGS = list(map(attrgetter("name"), flat_settings(SplitSettings)))
 _FIXED_ONLY = {
     **dict.fromkeys(
         (*_SPLIT_SETTINGS, "language", "shuffle_pairs", "shuffle_prototypes"),
@@ -99,11 +100,15 @@ def read_space(path: Path) -> Space:
         _check_name(path, name, fixed, swept)
 
     ranges = {}
-    lists = {}
     for name, value in swept.items():
         ranges[name] = _parse_range(f"{path}: {name} in [space]", value)
-        if isinstance(value, list):
-            lists[name] = {str(_choice(choice)): choice for choice in value if isinstance(choice, list)}
+
+    # Optuna stores no lists, so they are restored from their strings.
+    lists: dict[str, dict[str, list[Any]]] = {}
+    for name, value in swept.items():
+        for choice in value if isinstance(value, list) else ():
+            if isinstance(choice, list):
+                lists.setdefault(name, {})[str(_choice(choice))] = choice
     space = Space(fixed={"split_seed": 0, **fixed}, ranges=ranges, lists=lists)
 
     # A value that training would reject is reported before the first trial.

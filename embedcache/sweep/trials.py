@@ -251,6 +251,9 @@ def _evaluate_top(
         run_paths, _ = zip(*job.retrained_runs(trial), strict=True)
         scores = [report.score for report in reports if report.score is not None]
         is_improved = any(report.best_epoch for report in reports)
+        test = {}
+        for path in caches:
+            test[path] = evaluate_retrieval(path, run_paths)
         best.append(
             SweepConfig(
                 number=trial.number,
@@ -260,7 +263,7 @@ def _evaluate_top(
                 num_pairs=attributes["num_pairs"],
                 scores=scores,
                 run_paths=run_paths,
-                test={cache: evaluate_retrieval(cache, run_paths) for cache in caches},
+                test=test,
                 kept_initialization=attributes["num_pairs"] > 0 and not is_improved,
             )
         )
