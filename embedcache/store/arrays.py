@@ -2,7 +2,7 @@
 
 zarr-python makes the metadata of arrays, and any Zarr reader reads them. Chunks are written here because they must be
 flushed before they are committed, and read from memory maps because zarr-python reads a complete chunk for one row.
-zarr-python is imported where metadata are written: readers do without it.
+Only functions that write metadata import zarr-python, so readers do not load it.
 """
 
 import json
@@ -48,7 +48,7 @@ def group_metadata(attributes: Mapping[str, Any]) -> dict[str, Any]:
 def array_metadata(
     shape: tuple[int, ...], chunks: tuple[int, ...], dtype: str, attributes: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Return the content of a Zarr array's `zarr.json`; the fill value is NaN, or -1 for integers."""
+    """Return the content of a Zarr array's `zarr.json`. The fill value is NaN, or -1 for integers."""
     import zarr
     from zarr.codecs import BytesCodec, Crc32cCodec
     from zarr.storage import MemoryStore
@@ -66,6 +66,7 @@ def array_metadata(
         attributes=dict(attributes or {}),
     )
     metadata = json.loads(files["zarr.json"].to_bytes())
+
     # Versions of zarr-python differ in whether they write these when they are empty.
     return {name: value for name, value in metadata.items() if value or name not in _OPTIONAL}
 
@@ -99,12 +100,12 @@ def chunk_path(array_path: Path, number: int, ndim: int) -> Path:
 
 
 def write_chunk(array_path: Path, number: int, parts: Iterable[Array], chunk_shape: tuple[int, ...], dtype: str) -> str:
-    """Write one chunk and flush it to disk; a short chunk is padded with the fill value.
+    """Write one chunk and flush it to disk. A short chunk is padded with the fill value.
 
-    Memory: a block of rows of 4 MB, beside the parts.
+    Memory: a block of rows of 4 MB, in addition to the parts.
 
     Args:
-        parts: the rows, as arrays of the dtype that follow each other.
+        parts: the rows, as consecutive arrays of the dtype.
 
     Returns:
         The CRC-32C of the rows as 8 hex digits. Its 4 bytes, little-endian, end the file.
@@ -124,15 +125,18 @@ def write_chunk(array_path: Path, number: int, parts: Iterable[Array], chunk_sha
 
 def _row_blocks(parts: Iterable[Array], chunk_shape: tuple[int, ...], dtype: str) -> Iterator[bytes]:
     """Iterate over the bytes of a chunk's rows, little-endian, some rows at a time."""
-    stored = np.dtype(dtype).newbyteorder("<")
-    rows_per_block = max(1, _BLOCK_BYTES // max(1, int(np.prod(chunk_shape[1:])) * stored.itemsize))
+    disk_dtype = np.dtype(dtype).newbyteorder("<")
+    row_bytes = int(np.prod(chunk_shape[1:])) * disk_dtype.itemsize
+    rows_per_block = max(1, _BLOCK_BYTES // max(1, row_bytes))
+
     num_missing = chunk_shape[0]
     for part in parts:
         num_missing -= len(part)
         for rows in blocks(len(part), rows_per_block):
-            yield np.ascontiguousarray(part[rows], stored).tobytes()
+            yield np.ascontiguousarray(part[rows], disk_dtype).tobytes()
+
     for rows in blocks(num_missing, rows_per_block):
-        yield np.full((rows.stop - rows.start, *chunk_shape[1:]), fill_value(dtype), stored).tobytes()
+        yield np.full((rows.stop - rows.start, *chunk_shape[1:]), fill_value(dtype), disk_dtype).tobytes()
 
 
 def open_chunk(
@@ -143,8 +147,8 @@ def open_chunk(
     A chunk behind a URL is read.
 
     Args:
-        once: skip the rows of a file that this process has compared before. The size, and the copy of the checksum
-            that ends the file, are compared each time.
+        once: skip the rows of a file that this process has compared before. The size and the copy of the checksum at
+            the end of the file are compared each time.
 
     Raises:
         UnfinishedError: the chunk is committed, but its file is missing.
@@ -152,6 +156,7 @@ def open_chunk(
     """
     path = chunk_path(array_path, number, len(chunk_shape))
     num_bytes = math.prod(chunk_shape) * np.dtype(dtype).itemsize
+
     try:
         mapped, identity = (read_file(path), None) if is_remote(path) else _map(path)
     except FileNotFoundError as error:
@@ -160,10 +165,13 @@ def open_chunk(
         raise PathError(f"cannot read {path}: {io_reason(error)}") from error
     except ValueError as error:  # an empty file cannot be mapped
         raise CorruptError(f"{path}: expected {num_bytes + CRC_BYTES} bytes, got an empty file; {REPAIR}") from error
+
     if len(mapped) != num_bytes + CRC_BYTES:
         raise CorruptError(f"{path}: expected {num_bytes + CRC_BYTES} bytes, got {len(mapped)}; {REPAIR}")
     if mapped[num_bytes:] != int(committed_crc, 16).to_bytes(CRC_BYTES, "little"):
         raise _changed(path, committed_crc, f"{int.from_bytes(mapped[num_bytes:], 'little'):08x} at its end", REPAIR)
+
+    # A changed file has another identity, so it is compared again.
     checked = (identity, committed_crc)
     if not once or checked not in _CHECKED:
         actual_crc = f"{google_crc32c.value(np.frombuffer(mapped, np.uint8, num_bytes)):08x}"
@@ -171,29 +179,34 @@ def open_chunk(
             raise _changed(path, committed_crc, actual_crc, REPAIR)
         if identity is not None:
             _CHECKED.add(checked)
+
     return np.frombuffer(mapped, dtype, num_bytes // np.dtype(dtype).itemsize).reshape(chunk_shape)
 
 
-def _changed(path: Path, checksum: str, found: str, next_step: str) -> CorruptError:
-    return CorruptError(f"{path}: expected checksum {checksum}, got {found}: the bytes changed on disk; {next_step}")
+def _changed(path: Path, checksum: str, actual: str, next_step: str) -> CorruptError:
+    return CorruptError(f"{path}: expected checksum {checksum}, got {actual}: the bytes changed on disk; {next_step}")
 
 
 def file_checksum(path: Path, *, progress: Progress | None = None) -> str:
     """Return the CRC-32C of all bytes of a local file as 8 hex digits, as one step. Memory: a block."""
     progress = progress or NullProgress()
     progress.start(f"checking {path.name}", -(-path.stat().st_size // _READ_BYTES), "MiB")
-    crc, buffer = 0, bytearray(_READ_BYTES)  # one piece of memory for all reads is faster
+
+    # One piece of memory for all reads is faster.
+    crc = 0
+    buffer = bytearray(_READ_BYTES)
     block = np.frombuffer(buffer, np.uint8)
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
             crc = google_crc32c.extend(crc, block[:count])
             progress.advance(1)
+
     progress.finish()
     return f"{crc:08x}"
 
 
 class ListedFile(Manifest):
-    """A file that a manifest lists: its size, and the CRC-32C of all its bytes as 8 hex digits."""
+    """The size of a file that a manifest lists, and the CRC-32C of all its bytes as 8 hex digits."""
 
     num_bytes: int
     checksum: str
@@ -201,8 +214,11 @@ class ListedFile(Manifest):
 
 def describe_files(folder: Path, names: Iterable[str]) -> dict[FileName, ListedFile]:
     """Return the entries of files in the manifest of their folder."""
-    paths = [folder / name for name in names]
-    return {path.name: ListedFile(num_bytes=path.stat().st_size, checksum=file_checksum(path)) for path in paths}
+    files = {}
+    for name in names:
+        path = folder / name
+        files[path.name] = ListedFile(num_bytes=path.stat().st_size, checksum=file_checksum(path))
+    return files
 
 
 def check_file(
@@ -220,18 +236,21 @@ def check_file(
     """
     if not path.is_file():
         raise PathError(f"{path} does not exist; {next_step}")
+
     status = path.stat()
     checked = ((status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns), checksum)
     if once and checked in _CHECKED:
         return
+
     actual = file_checksum(path, progress=progress)
     if actual != checksum:
         raise _changed(path, checksum, actual, next_step)
+
     _CHECKED.add(checked)
 
 
 def _map(path: Path) -> tuple[mmap.mmap, tuple[int, ...]]:
-    """Map a file; return it with what changes when the file is written again."""
+    """Map a file, and return it with an identity that changes when the file is written again."""
     check_regular(path)
     with path.open("rb") as file:
         status = os.fstat(file.fileno())
@@ -240,7 +259,7 @@ def _map(path: Path) -> tuple[mmap.mmap, tuple[int, ...]]:
 
 
 def max_maps(array_path: Path, chunk_bytes: int) -> int:
-    """Return how many chunks a feature may keep open: each takes an open file, or memory if it is remote."""
+    """Return how many chunks a feature may keep open. Each needs an open file, or memory if it is remote."""
     if is_remote(array_path):
         return max(1, _REMOTE_BYTES // chunk_bytes)
     return max(16, _raise_open_file_limit() // 8)
