@@ -22,19 +22,22 @@ FEATURES = {"feature": {"image": "open_toy/cls", "text": "open_toy/mean"}}
 RANDOM = SweepSettings(trials=6, sampler="random", seeds_per_config=2, top_configs=2)
 
 
+def write_space(folder: Path, text: str) -> Path:
+    (folder / "space.toml").write_text(text)
+    return folder / "space.toml"
+
+
 @pytest.fixture
 def space_path(tmp_path: Path) -> Path:
-    path = tmp_path / "space.toml"
-    path.write_text(SPACE)
-    return path
+    return write_space(tmp_path, SPACE)
 
 
 @pytest.fixture(scope="session")
 def swept(cache_path: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SweepReport, list[str]]:
     """A study of six random trials, its report and its notes. Not to be changed."""
     folder = tmp_path_factory.mktemp("sweep")
-    (folder / "space.toml").write_text(SPACE)
+    space_path = write_space(folder, SPACE)
     progress = RecordedProgress()
     study_path = folder / "a study"  # a path that a shell must quote
-    report = sweep(cache_path, study_path, folder / "space.toml", **FEATURES, settings=RANDOM, progress=progress)
+    report = sweep(cache_path, study_path, space_path, **FEATURES, settings=RANDOM, progress=progress)
     return study_path, report, progress.notes

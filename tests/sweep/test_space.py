@@ -8,6 +8,7 @@ from embedcache.errors import PathError, SettingError, UnknownNameError
 from embedcache.sweep.settings import SweepSettings
 from embedcache.sweep.space import Space, read_space
 from embedcache.sweep.study import make_grid_points
+from tests.sweep.conftest import write_space
 
 WHOLE = """
 [fixed]
@@ -25,8 +26,7 @@ widths = [[], [4], [4, 8], 16]
 
 
 def read(folder: Path, text: str) -> Space:
-    (folder / "space.toml").write_text(text)
-    return read_space(folder / "space.toml")
+    return read_space(write_space(folder, text))
 
 
 def test_read_space(tmp_path: Path) -> None:

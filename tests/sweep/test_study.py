@@ -7,7 +7,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from embedcache.dataset.splits import read_split
 from embedcache.errors import CorruptError, PathError, SettingError
@@ -18,7 +18,7 @@ from embedcache.sweep.space import Space, read_space
 from embedcache.sweep.study import Study, Trials, open_study, rank_complete, split_path, trial_path, without_password
 from embedcache.sweep.trials import top_trials
 from embedcache.train.data import open_data
-from tests.sweep.conftest import FEATURES
+from tests.sweep.conftest import FEATURES, write_space
 
 pytestmark = pytest.mark.slow
 
@@ -43,6 +43,13 @@ def _close_trials() -> Iterator[None]:
         OPENED.pop().close()
 
 
+def lease(trials: Trials) -> FrozenTrial:
+    """Lease a trial where there is one left."""
+    trial = trials.lease_next()
+    assert trial is not None
+    return trial
+
+
 def run_all(trials: Trials) -> list[dict[str, object]]:
     """Complete all remaining trials, and return what was tried."""
     while (trial := trials.lease_next()) is not None:
@@ -57,8 +64,7 @@ def space(space_path: Path) -> Space:
 
 @pytest.fixture
 def grid(tmp_path: Path) -> Space:
-    (tmp_path / "grid.toml").write_text("[space]\nprojector = ['linear', 'mlp']\nshared_width = [8, 16]")
-    return read_space(tmp_path / "grid.toml")
+    return read_space(write_space(tmp_path, "[space]\nprojector = ['linear', 'mlp']\nshared_width = [8, 16]"))
 
 
 @pytest.mark.parametrize(("sampler", "trials"), [("random", 4), ("tpe", 11)])  # of which tpe draws 10 at random
@@ -84,11 +90,8 @@ def test_restart_draws_new_trials(tmp_path: Path, space: Space) -> None:
 def test_trial_of_a_dead_process_is_repeated(tmp_path: Path, space: Space) -> None:
     whole = run_all(open_trials(tmp_path / "whole", space))
     trials = open_trials(tmp_path / "killed", space)
-    done, lost = trials.lease_next(), None
-    assert done is not None
-    trials.finish(done, COMPLETE, 0.5)
-    lost = trials.lease_next()
-    assert lost is not None
+    trials.finish(lease(trials), COMPLETE, 0.5)
+    lost = lease(trials)
     make_folder(trial_path(tmp_path / "killed", lost.number))
 
     again = run_all(open_trials(tmp_path / "killed", space))
@@ -113,8 +116,7 @@ def test_trial_finished_during_check_stays_finished(
     tmp_path: Path, space: Space, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ours, theirs = open_trials(tmp_path, space, trials=1), open_trials(tmp_path, space, trials=1)
-    trial = ours.lease_next()
-    assert trial is not None
+    trial = lease(ours)
 
     def take(_number: int) -> bool:
         ours.finish(trial, COMPLETE, 0.5)
@@ -127,13 +129,10 @@ def test_trial_finished_during_check_stays_finished(
 
 def test_trial_of_a_living_process_is_kept(tmp_path: Path, space: Space, monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = open_trials(tmp_path, space), open_trials(tmp_path, space)
-    alive = ours.lease_next()
+    lease(ours)
     for trials in (ours, theirs):  # as if another process had the first
         monkeypatch.setattr(trials._leases, "acquire", lambda number: number != 0)
-    lost, again = ours.lease_next(), theirs.lease_next()
-    assert alive is not None
-    assert lost is not None
-    assert again is not None
+    lost, again = lease(ours), lease(theirs)
     assert (lost.number, again.number) == (1, 2)
     assert again.params == lost.params
     states = [trial.state for trial in theirs.optuna.get_trials()]
@@ -141,11 +140,7 @@ def test_trial_of_a_living_process_is_kept(tmp_path: Path, space: Space, monkeyp
 
 
 def test_third_loss_is_a_failure(tmp_path: Path, space: Space) -> None:
-    tried = []
-    for _ in range(3):
-        trial = open_trials(tmp_path, space, trials=1).lease_next()
-        assert trial is not None
-        tried.append(trial.params)
+    tried = [lease(open_trials(tmp_path, space, trials=1)).params for _ in range(3)]
     assert tried[0] == tried[1] == tried[2]
     trials = open_trials(tmp_path, space, trials=1)
     assert trials.lease_next() is None
@@ -155,12 +150,10 @@ def test_third_loss_is_a_failure(tmp_path: Path, space: Space) -> None:
 
 
 def test_rank_complete_lists_each_configuration_once(tmp_path: Path) -> None:
-    (tmp_path / "space.toml").write_text("[space]\nprojector = ['linear', 'mlp']")
-    trials = open_trials(tmp_path / "a", read_space(tmp_path / "space.toml"), trials=8)
+    space = read_space(write_space(tmp_path, "[space]\nprojector = ['linear', 'mlp']"))
+    trials = open_trials(tmp_path / "a", space, trials=8)
     for score in [0.1, 0.5, 0.3, 0.5, 0.2, 0.4, 0.5, 0.1]:
-        trial = trials.lease_next()
-        assert trial is not None
-        trials.finish(trial, COMPLETE, score)
+        trials.finish(lease(trials), COMPLETE, score)
     first, second = rank_complete(trials.finished())
     assert (first.number, first.value) == (1, 0.5)
     others = [trial.value for trial in trials.finished() if trial.params == second.params]
@@ -193,9 +186,7 @@ def test_storage_errors_are_one_line(tmp_path: Path, space: Space, monkeypatch: 
 
 def test_study_without_complete_trials_raises(tmp_path: Path, space: Space) -> None:
     trials = open_trials(tmp_path, space, trials=1)
-    trial = trials.lease_next()
-    assert trial is not None
-    trials.finish(trial, FAIL, reason="too few samples")
+    trials.finish(lease(trials), FAIL, reason="too few samples")
     with pytest.raises(SettingError, match="too few samples"):
         top_trials(trials, SweepSettings())
 

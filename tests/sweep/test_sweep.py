@@ -32,18 +32,13 @@ from tests.crash import forked_workers, pause, start
 from tests.media_toy import MEDIA
 from tests.recorded import RecordedProgress
 from tests.reports.contract import check_report
-from tests.sweep.conftest import FEATURES, RANDOM, SPACE
+from tests.sweep.conftest import FEATURES, RANDOM, SPACE, write_space
 from tests.toy import TEXT
 from tests.train.test_modalities import Sounds
 
 pytestmark = pytest.mark.slow
 
 Swept = tuple[Path, SweepReport, list[str]]
-
-
-def write_space(folder: Path, text: str) -> Path:
-    (folder / "space.toml").write_text(text)
-    return folder / "space.toml"
 
 
 def test_report(swept: Swept) -> None:

@@ -196,12 +196,13 @@ def test_pseudo_labels_match_the_formulas(cache: Path) -> None:
 LINEARITY, PLANARITY, SCATTERING, VARIATION, VERTICALITY, LOG_RADIUS, Z_RANGE, Z_ABOVE = range(len(PER_SCALE))
 
 
-class TestGeometry(PointsEncoderContract):
+class TestPoints(PointsEncoderContract):
     has_weights = False
 
-    @pytest.fixture
-    def spec(self) -> str:
-        return GEOMETRY
+    @pytest.fixture(params=[GEOMETRY, FIELDS])
+    def spec(self, request: pytest.FixtureRequest) -> str:
+        spec: str = request.param
+        return spec
 
 
 def test_height_above_the_ground() -> None:
@@ -244,14 +245,6 @@ def test_features_follow_their_definition() -> None:
 def test_bad_points_fail_with_a_reason(xyz: np.ndarray, reason: str) -> None:
     with pytest.raises(ItemError, match=reason):
         open_encoder(GEOMETRY, modality="points").prepare([{"xyz": xyz}])
-
-
-class TestFields(PointsEncoderContract):
-    has_weights = False
-
-    @pytest.fixture
-    def spec(self) -> str:
-        return FIELDS
 
 
 def test_values_are_copied_to_the_bit() -> None:
