@@ -58,7 +58,7 @@ class SweepReport:
         trials: Optuna's finished trials, of which complete ones have their counts as attributes.
         best: the top configurations, the best one on validation first.
         left_out: number of a top trial whose configuration fails with another seed -> reason.
-        importance: swept setting -> fraction of the variance of scores, the largest first; empty with too few trials.
+        importance: swept setting -> fraction of the variance of scores, the largest first. Empty with too few trials.
         command: command that trains the winner again, to the same weights.
 
     Example:
@@ -181,7 +181,7 @@ def present_sweep(report: SweepReport, figures: Sequence[str] = ()) -> Presentat
     counts = report.counts()
     num_seeds = pluralize(len(winner.scores), "seed")
 
-    # The tiles show one cache only; the sections compare all of them.
+    # The tiles show one cache only, while the sections compare all caches.
     first_test = next(iter(winner.test.values()))
     return Presentation(
         title="embedcache sweep",

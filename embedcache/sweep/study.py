@@ -339,7 +339,7 @@ def _make_sampler(name: str, *, seed: int, draw: int) -> BaseSampler:
     if name != "tpe":
         return RandomSampler(seed=draw_seed)
 
-    # `constant_liar` takes running trials of other processes into account. Optuna 4 calls it experimental.
+    # `constant_liar` accounts for running trials of other processes. Optuna 4 calls it experimental.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         return TPESampler(seed=draw_seed, constant_liar=True)
@@ -357,7 +357,7 @@ def _make_pruner(name: str, *, max_epochs: int) -> BasePruner:
 def make_grid_points(space: Space, settings: SweepSettings) -> list[dict[str, Value]] | None:
     """Return all points of a grid, shuffled so that the first few are spread out, or None for other samplers.
 
-    Optuna's `GridSampler` may try a point twice if several processes work on a study; these points are tried once.
+    Optuna's `GridSampler` may try a point twice if several processes work on a study. These points are tried once.
 
     Raises:
         SettingError: a range without steps has infinitely many values, or there are more than 100,000 points.
