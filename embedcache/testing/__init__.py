@@ -8,7 +8,7 @@
 - a method of selection: `embedcache.testing.selectors.SelectorContract`;
 - a classifier of `evaluate probe`: `embedcache.testing.classifiers.ClassifierContract`.
 
-pytest must be installed; nothing else in the package imports these modules.
+pytest must be installed. Nothing else in the package imports these modules.
 """
 
 import pytest

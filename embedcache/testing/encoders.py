@@ -61,6 +61,7 @@ def example_points() -> list[Mapping[str, Array]]:
     clouds: list[Mapping[str, Array]] = []
     for num_points in (150, 90):
         is_ground = np.arange(num_points)[:, None] % 3 > 0
+        # Two thirds of the points are close to the ground, and the others are on the wall.
         xyz = rng.uniform(-4, 4, (num_points, 3)) * np.where(is_ground, (1, 1, 0.02), (1, 0, 1))
         uv = rng.uniform(0, 1, (num_points, 2))
         label = rng.integers(-1, 7, num_points)
@@ -129,6 +130,8 @@ class EncoderContract:
         names = list(encoder.features)
         prepared = encoder.prepare(items)
         batch = encoder.encode(prepared, names)
+
+        # An item must not depend on the padding for longer ones.
         for row, item in enumerate(prepared):
             single = encoder.encode([item], names)
             for name in names:
@@ -143,6 +146,8 @@ class EncoderContract:
 
     def test_prepare_is_thread_safe(self, encoder: Encoder, items: Sequence[Any]) -> None:
         expected = encoder.prepare(items)
+
+        # Extraction prepares items on several threads.
         with ThreadPoolExecutor(4) as executor:
             for prepared in executor.map(encoder.prepare, [items] * 12):
                 for array, expected_array in zip(prepared, expected, strict=True):

@@ -69,6 +69,8 @@ class SourceContract:
     def test_reopens_from_its_description(self, source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
         """Reopen it in another folder. Open `source` from a relative path, which would lead elsewhere from there."""
         monkeypatch.chdir("/")
+
+        # A source may come from a file of the user's, which runs only if it is trusted.
         with trust_files():
             reopened = reopen_source(json.loads(json.dumps(source.describe())))
 
