@@ -21,7 +21,7 @@ def write_card(path: Path, run: Run, notes: ExportNotes, format_name: str, metri
     """Write the model card, `README.md`. It contains only names of files, not paths, as it may become public.
 
     Raises:
-        SettingError: the metrics are those of another run.
+        SettingError: the metrics are about another run.
     """
     from huggingface_hub import ModelCard, ModelCardData
 

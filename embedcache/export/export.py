@@ -45,7 +45,7 @@ class ExportReport:
     __repr__ = summary
 
     def lines(self) -> list[str]:
-        """Return the differences, and where the model was uploaded to."""
+        """Return the differences, and the address of the uploaded model."""
         lines = []
         for modality, difference in self.differences.items():
             lines.append(f"{modality}: differs from the run by at most {difference:.1e}")

@@ -103,7 +103,7 @@ def _tower_config(run: Run, modality: Modality) -> dict[str, Any]:
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Return all parameters and buffers of a module, including those that its state dict leaves out."""
+    """Return all parameters and buffers of a module, including buffers that its state dict leaves out."""
     return dict([*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)])
 
 
