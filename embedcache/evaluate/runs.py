@@ -204,7 +204,7 @@ def read_eval_split(cache: Cache, run: Run, part: str | None = None, selection: 
         DataError: there is no such part, or none of its samples is in the selection.
         PathError: there is no such selection.
     """
-    # The run's split keeps training samples out; the column of the cache may divide them in another way.
+    # The run's split keeps training samples out. The column of the cache may divide them in another way.
     if was_trained_on(run, cache):
         split = read_run_split(run, cache)
         rows = np.arange(len(split.parts)) if part == "all" else split.rows(part or "test")
@@ -397,7 +397,7 @@ def measure_overlap(
     checked = np.sort(np.random.default_rng(0).choice(samples, count, replace=False))
     cosines = {modality: cosines[modality] for modality in evaluated}
 
-    # Copies are searched among all items, as hashes are cheap; near-duplicates only among the drawn ones.
+    # Copies are searched among all items, as hashes are cheap, and near-duplicates only among the drawn ones.
     exact = set[int]()
     near = set[int]()
     for modality, item_set in evaluated.items():
@@ -460,7 +460,7 @@ def training_items(run: Run, cache: Cache) -> Mapping[str, ItemSet]:
 
     Their contents are not numbered.
     """
-    # The split covers all samples of the cache; only the selected ones were trained on.
+    # The split covers all samples of the cache, but only the selected ones were trained on.
     rows = np.flatnonzero(read_run_split(run, cache).mask("train"))
     if (selected := read_run_selection(run, cache)) is not None:
         rows = np.intersect1d(rows, selected, assume_unique=True)
