@@ -36,8 +36,8 @@ class Drift:
     """Difference between stored features and those of the same items encoded again.
 
     Args:
-        rows: (n,) int64, the items that could be read.
-        cosines: (n,) float32, cosine between the stored and the new feature, over all tokens of token features.
+        rows: (M,) int64, the items that could be read.
+        cosines: (M,) float32, cosine between the stored and the new feature, over all tokens of token features.
         num_unreadable: number of items that can no longer be read.
         num_changed: number of items whose bytes have changed.
         differences: fields of the encoder's fingerprint that have changed.
@@ -359,15 +359,15 @@ def _measure_group(
                 encoded_rows.append(row)
                 encoded_items.append(item)
 
-        rows_n = np.array(encoded_rows, np.int64)
-        pairs = zip(feature.gather_tokens(rows_n), encoded_items, strict=True)
+        rows_M = np.array(encoded_rows, np.int64)
+        pairs = zip(feature.gather_tokens(rows_M), encoded_items, strict=True)
         cosines = [_cosine(stored, item) for stored, item in pairs]
         drifts.append(
             Drift(
                 feature=feature.name,
-                rows=rows_n,
+                rows=rows_M,
                 cosines=np.array(cosines, np.float32),
-                num_unreadable=len(rows) - len(rows_n),
+                num_unreadable=len(rows) - len(rows_M),
                 num_changed=num_changed,
                 differences=differences,
             )
