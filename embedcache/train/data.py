@@ -42,23 +42,27 @@ from embedcache.train.settings import TrainSettings
 
 
 def parse_views(words: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Return modality -> view -> probability of words such as `image=plain:2,flip:1` or `audio=plain,noise`.
+    """Return modality -> view -> probability for words such as `image=plain:2,flip:1` or `audio=plain,noise`.
 
     Raises:
-        SettingError: a word of another form, a modality twice, a view twice, or a weight that is not positive.
+        SettingError: a word has another form, a modality or a view is named twice, or a weight is not positive.
     """
     views: dict[str, dict[str, float]] = {}
     for word in words:
-        modality, _, listed = word.partition("=")
-        parts = [part.partition(":") for part in listed.split(",")]
-        try:
-            weights = {name: float(weight or 1) for name, _, weight in parts}
-        except ValueError:
-            weights = {}
+        modality, _, parts = word.partition("=")
+        is_valid = modality in MODALITIES and modality not in views
 
-        # A view that is named twice has one weight, so that there are fewer weights than parts.
-        is_valid = len(weights) == len(parts) and all(name and 0 < weights[name] < math.inf for name in weights)
-        if modality not in MODALITIES or modality in views or not is_valid:
+        weights: dict[str, float] = {}
+        for part in parts.split(","):
+            name, _, number = part.partition(":")
+            try:
+                weight = float(number or 1)
+            except ValueError:
+                weight = math.nan  # fails the comparison below
+            is_valid = is_valid and name != "" and name not in weights and 0 < weight < math.inf
+            weights[name] = weight
+
+        if not is_valid:
             raise SettingError(
                 f"views: expected one word per modality of {', '.join(MODALITIES)}, of different views with weights "
                 f"above 0, as in image=plain:0.5,flip:0.5, got {word!r}"
@@ -120,28 +124,27 @@ def open_data(
         SettingError: not two modalities, or no cache.
         UnknownNameError: there is no feature of that name.
         FingerprintError: different encoders made the feature of two caches.
-        DataError: widths differ, or two caches hold the same samples.
+        DataError: widths differ, or two caches contain the same samples.
     """
-    caches = [Cache(path) for path in one_or_many(paths)]
+    caches = list(map(Cache, one_or_many(paths)))
     if not caches:
         raise SettingError("expected at least one cache, got none")
 
-    # Either cache of two may hold the samples of the other.
+    # Either cache of two may contain the samples of the other.
     for first, second in combinations(caches, 2):
         if first.info.has_rows_of(second.info.index_digest) or second.info.has_rows_of(first.info.index_digest):
             raise DataError(
                 f"expected caches of different samples, got the same in {second.path} and {first.path}; name one"
             )
 
-    features = choose_pair(caches[0], feature)
-    sides = {
-        modality: [open_input(cache, modality, features[modality]) for cache in caches]
-        for modality in order_pair(features)
-    }
+    name_by_modality = choose_pair(caches[0], feature)
+    sides: dict[str, list[InputFeature]] = {}
+    for modality in order_pair(name_by_modality):
+        sides[modality] = [open_input(cache, modality, name_by_modality[modality]) for cache in caches]
 
-    for opened in sides.values():
-        for cache, cache_feature in zip(caches[1:], opened[1:], strict=True):
-            _check_same_feature(caches[0], opened[0], cache, cache_feature)
+    for features in sides.values():
+        for cache, cache_feature in zip(caches[1:], features[1:], strict=True):
+            _check_same_feature(caches[0], features[0], cache, cache_feature)
     return TrainData(caches=caches, sides=sides, memory_bytes=memory_bytes, progress=progress or NullProgress())
 
 
@@ -151,7 +154,7 @@ class TrainData:
 
     Rows and samples are numbered across the caches, in their order.
 
-    Features that fit the memory are loaded once, so that many runs can share this object; a feature larger than half
+    Features that fit the memory are loaded once, so that many runs can share this object. A feature larger than half
     of `memory_bytes` is memory-mapped.
     """
 
@@ -163,21 +166,24 @@ class TrainData:
     @property
     def features(self) -> dict[str, InputFeature]:
         """Modality -> feature of the first cache."""
-        return {modality: opened[0] for modality, opened in self.sides.items()}
+        return {modality: features[0] for modality, features in self.sides.items()}
 
     @property
     def index_digest(self) -> str:
         """Digest of the sample and item tables of the cache, joined by `+` for several caches."""
-        return "+".join(cache.info.index_digest for cache in self.caches)
+        digests = [cache.info.index_digest for cache in self.caches]
+        return "+".join(digests)
 
     @property
     def keys(self) -> Sequence[str]:
         return Keys(self.caches)
 
     def split(self, pairs: Pairs, settings: SplitSettings, *, progress: Progress | None = None) -> Split:
-        """Split the samples; features are loaded for a strict split only."""
+        """Split the samples. Features are loaded only for a strict split."""
         readers = self.readers if settings.kind == "strict" else {}
         split = make_split(self.caches, pairs, settings, readers, progress=progress)
+
+        # A split that the user names may be older than the cache.
         if settings.path is not None and progress is not None:
             num_all = split.parts.count("")
             num_missing = sum(map(len, self.caches)) - len(distinct(pairs.samples))
@@ -191,23 +197,25 @@ class TrainData:
     @cached_property
     def readers(self) -> dict[str, Reader]:
         """Modality -> reader of its rows."""
-        return {
-            modality: _reader(opened, self.memory_bytes / 2, self.progress) for modality, opened in self.sides.items()
-        }
+        readers: dict[str, Reader] = {}
+        for modality, features in self.sides.items():
+            readers[modality] = _reader(features, self.memory_bytes / 2, self.progress)
+        return readers
 
     @property
     def is_mapped(self) -> bool:
         """Whether a feature is too large to be loaded."""
-        return any(not _fits(features, self.memory_bytes / 2) for features in self.sides.values())
+        return not all(_fits(features, self.memory_bytes / 2) for features in self.sides.values())
 
     @property
     def block_rows(self) -> int:
-        """Default size of shuffled blocks in rows: of more than one if a feature is read from disk."""
+        """Default size of shuffled blocks in rows, more than one if a feature is read from disk."""
         return _MAPPED_BLOCK_ROWS if self.is_mapped else 1
 
     def pairs(self, language: str | None, *, where: str | None = None, progress: Progress | None = None) -> Pairs:
         """Pair the items of the samples that meet a condition; see `pair_items` and `rows_where`."""
-        samples = samples_within(self.caches, None, where)  # an error of it comes before the hashes are read
+        # Reading the hashes takes long, so a wrong condition is found before.
+        samples = samples_within(self.caches, None, where)
         first, second = self.sides.values()
         pairs = pair_items(self.caches, first, second, language=language, progress=progress)
         if samples is None:
@@ -222,34 +230,33 @@ class TrainData:
         """Open views of a side's feature in every cache: view -> features.
 
         Raises:
-            UnknownNameError: a cache has no such view; the message lists its features.
+            UnknownNameError: a cache has no such view. The message lists its features.
             FingerprintError: the features differ in more than their view.
             UnfinishedError: a view has missing chunks.
         """
-        opened: dict[str, list[InputFeature]] = {}
+        features_by_view: dict[str, list[InputFeature]] = {}
         for view in views:
-            opened[view] = []
+            features_by_view[view] = []
             for cache, plain in zip(self.caches, self.sides[modality], strict=True):
                 feature = open_input(cache, modality, view_feature(plain.name, view))
                 feature.require_complete()
 
                 next_step = f"{feature.name} is no view of it"
                 check_same_view(plain.name, plain.fingerprint, feature.fingerprint, view, next_step=next_step)
-                opened[view].append(feature)
-        return opened
+                features_by_view[view].append(feature)
+        return features_by_view
 
     def draw_views(self, modality: str, views: Mapping[str, float], seed: int) -> DrawnViews:
         """Return a reader of a side that draws views, given view -> probability."""
-        opened = self.open_views(modality, views)
-
         # The views share the memory of a side; the plain one has its reader already.
+        memory_bytes = self.memory_bytes / 2 / len(views)
+        readers: dict[str, Reader] = {}
+        for view, features in self.open_views(modality, views).items():
+            is_plain = view == PLAIN
+            readers[view] = self.readers[modality] if is_plain else _reader(features, memory_bytes, self.progress)
+
         return DrawnViews(
-            readers={
-                view: self.readers[modality]
-                if view == PLAIN
-                else _reader(features, self.memory_bytes / 2 / len(views), self.progress)
-                for view, features in opened.items()
-            },
+            readers=readers,
             probabilities=views,
             num_rows=sum(feature.num_items for feature in self.sides[modality]),
             seed=seed,
@@ -261,12 +268,13 @@ class TrainData:
         sides = []
         for (modality, _), items in zip(self.sides.items(), (pairs.first, pairs.second), strict=True):
             for features in self.open_views(modality, views.get(modality, ())).values():
-                items = items.where(np.concatenate([feature.valid for feature in features])[items.rows])
+                is_valid_by_cache = [feature.valid for feature in features]
+                items = items.where(np.concatenate(is_valid_by_cache)[items.rows])
             sides.append(items)
 
         # A sample whose items of one side are all left out has no pair.
-        both = shared_samples(sides[0], sides[1])
-        return Pairs(first=sides[0].select(both), second=sides[1].select(both))
+        samples = shared_samples(sides[0], sides[1])
+        return Pairs(first=sides[0].select(samples), second=sides[1].select(samples))
 
 
 def _check_same_feature(first_cache: Cache, first: InputFeature, cache: Cache, feature: InputFeature) -> None:
@@ -296,13 +304,20 @@ def describe_input(feature: InputFeature) -> RunInput:
 
 
 def _fits(features: Sequence[InputFeature], memory_bytes: float) -> bool:
-    return sum(feature.num_bytes for feature in features) <= memory_bytes
+    num_bytes = 0.0
+    for feature in features:
+        num_bytes += feature.num_bytes
+    return num_bytes <= memory_bytes
 
 
 def _reader(features: Sequence[InputFeature], memory_bytes: float, progress: Progress) -> Reader:
-    fits = _fits(features, memory_bytes)
-    readers = [feature.load(progress=progress) if fits else feature.read for feature in features]
-    return join_readers(readers, [feature.num_items for feature in features])
+    is_loaded = _fits(features, memory_bytes)
+    readers: list[Reader] = []
+    nums_items: list[int] = []
+    for feature in features:
+        readers.append(feature.load(progress=progress) if is_loaded else feature.read)
+        nums_items.append(feature.num_items)
+    return join_readers(readers, nums_items)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,8 +325,8 @@ class DividedPairs:
     """The pairs of the training and of the validation part.
 
     Args:
-        num_samples: part -> samples with both features; of training, those that are used.
-        num_held_out: samples of the selection in the validation or test part; None without a selection.
+        num_samples: part -> number of samples with both features. In training, only the used samples count.
+        num_held_out: number of selected samples in the validation or test part. None without a selection.
     """
 
     training: Pairs
@@ -323,14 +338,15 @@ class DividedPairs:
 def divide_pairs(data: TrainData, run_path: Path, settings: TrainSettings, progress: Progress) -> DividedPairs:
     """Pair the items of both features and divide them by the split of the run, which is made unless it exists.
 
-    Memory: 24 bytes per item of the parts, and for a moment about 150 per sample; the split and the other pairs are not
+    Memory: 24 bytes per item of the parts, and for a moment about 150 per sample. The split and the other pairs are not
     kept.
 
     Raises:
         DataError: the training or the validation part has no pairs.
     """
+    # A strict split may take hours, so a wrong key in the selection is found before.
     selected = None
-    if settings.selection_path is not None:  # a strict split may take hours: a wrong key is found before
+    if settings.selection_path is not None:
         selected = read_selection(settings.selection_path, data.caches)
 
     # The first process writes the split, which the others then read; so does a run that was interrupted.
@@ -345,7 +361,7 @@ def divide_pairs(data: TrainData, run_path: Path, settings: TrainSettings, progr
             f"validation part of {run_path / SPLIT}: expected samples with both features, got none; check --language"
         )
 
-    counts: dict[str, int] = {part: split.parts.count(part) for part in PARTS}
+    counts: dict[str, int] = dict(zip(PARTS, map(split.parts.count, PARTS), strict=True))
     if num_left_out := split.parts.count(""):
         counts["left out"] = num_left_out
 
@@ -360,7 +376,7 @@ def divide_pairs(data: TrainData, run_path: Path, settings: TrainSettings, progr
 def write_run_split(
     data: TrainData, pairs: Pairs, run_path: Path, settings: TrainSettings, progress: Progress
 ) -> Split | None:
-    """Write the split of a run and a copy of its selection, and return the split; None if an interrupted run did."""
+    """Write the split of a run and a copy of its selection, and return the split. None if it exists already."""
     path = run_path / SPLIT
     if path.is_file():
         return None
@@ -418,9 +434,10 @@ def _shuffle_pairs(pairs: Pairs, settings: TrainSettings) -> Pairs:
 
 
 def digest_inputs(data: TrainData, settings: TrainSettings) -> dict[str, str]:
-    """Return the SHA-256 of what decides a run besides settings and features.
+    """Return SHA-256 digests that identify the inputs of a run in addition to its settings and features.
 
-    These are the files that settings name, the fingerprints of the views that are drawn, and `failed_digests`.
+    They are of the files that settings name and of the fingerprints of the views that are drawn. `failed_digests` are
+    among them.
     """
     views = parse_views(settings.views)
     for modality in views:
@@ -428,8 +445,14 @@ def digest_inputs(data: TrainData, settings: TrainSettings) -> dict[str, str]:
             raise SettingError(f"views: expected views of {' or '.join(data.sides)}, got {modality}")
 
     files = {"split": settings.split.path, "selection": settings.selection_path}
-    files |= {f"negatives {number}": path for number, path in enumerate(settings.negatives_paths)}
-    digests = {name: digest_file(path) for name, path in files.items() if path is not None and path.is_file()}
+    for number, path in enumerate(settings.negatives_paths):
+        files[f"negatives {number}"] = path
+
+    # A file that does not exist is refused by its reader, with an error that says what is expected.
+    digests: dict[str, str] = {}
+    for name, file in files.items():
+        if file is not None and file.is_file():
+            digests[name] = digest_file(file)
 
     # The settings name the views; their fingerprints tell how they were made.
     for modality, weights in views.items():
@@ -441,26 +464,32 @@ def digest_inputs(data: TrainData, settings: TrainSettings) -> dict[str, str]:
 def failed_digests(data: TrainData, views: Sequence[str] = ()) -> dict[str, str]:
     """Return the SHA-256 of the rows that lack a feature, by names such as `failed image` and `failed image@flip`.
 
-    Sides and views that all items have are left out. Reads commits only.
+    Sides and views that all items have are left out. Only commits are read.
 
     Args:
         data: the features.
-        views: as the setting of training has them.
+        views: views, as the setting of training names them.
 
     Raises:
         UnfinishedError: a feature has missing chunks.
     """
     sides = dict(data.sides)
     for modality, weights in parse_views(views).items():
-        opened = data.open_views(modality, weights)
-        sides |= {f"{modality}@{view}": features for view, features in opened.items() if view != PLAIN}
+        for view, view_features in data.open_views(modality, weights).items():
+            # The plain view is the side itself.
+            if view != PLAIN:
+                sides[f"{modality}@{view}"] = view_features
 
-    digests = {}
+    digests: dict[str, str] = {}
     for name, features in sides.items():
+        num_failed = 0
+        hashes: list[str] = []
         for feature in features:
             feature.require_complete()
+            failed_rows = feature.failed_rows
+            num_failed += len(failed_rows)
+            hashes.append(hashlib.sha256(failed_rows.tobytes()).hexdigest())
 
-        rows = [feature.failed_rows for feature in features]
-        if any(map(len, rows)):
-            digests[f"failed {name}"] = digest([hashlib.sha256(part.tobytes()).hexdigest() for part in rows])
+        if num_failed:
+            digests[f"failed {name}"] = digest(hashes)
     return digests
