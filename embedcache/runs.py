@@ -215,7 +215,9 @@ class Run:
             next_step = "use the same settings to resume, or give the path of a new folder"
             check_same(f"the unfinished run {path}", _comparable(stored), _comparable(info), next_step=next_step)
         else:
-            (path / SPLIT).unlink(missing_ok=True)
+            for pattern in _LISTED:
+                for earlier in path.glob(pattern):
+                    earlier.unlink()
         write_record(path / MANIFEST, info.to_json(), unchecked=_UNCHECKED)
         return cls(path, info, leases=leases, started=time.time())
 

@@ -169,7 +169,9 @@ def test_other_settings_are_refused(tmp_path: Path, changed: dict[str, Any], wor
     with pytest.raises(FingerprintError, match=f"^run .*{word}.*; give the path of a new folder"):
         Run.reuse(tmp_path / "finished", other)
     Run.create(tmp_path / "stopped", INFO)
+    (tmp_path / "stopped" / "selection.txt").touch()
     Run.create(tmp_path / "stopped", other)  # nothing was trained yet
+    assert [path.name for path in (tmp_path / "stopped").glob("[!.]*")] == ["run.json"]
     (tmp_path / "stopped" / "checkpoint.pt").touch()
     with pytest.raises(FingerprintError, match="the unfinished run"):
         Run.create(tmp_path / "stopped", INFO)
