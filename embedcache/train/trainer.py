@@ -123,7 +123,8 @@ class _Loss(nn.Module):
 class Trainer:
     """The training loop of a task, whose module changes in place.
 
-    Deterministic for a seed on one kind of device, also where training resumes from a checkpoint: to the bit.
+    Deterministic for a seed on one kind of device, also if training resumes from a checkpoint: to the bit with one
+    or two processes. With more, PyTorch sums gradients in another order after a resume, which rounds differently.
 
     The run folder gets `losses.jsonl`, checkpoints and, at the end, the last weights. Only the parts in `trainable` are
     updated (all if None); the others keep their buffers as well.
