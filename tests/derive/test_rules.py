@@ -146,6 +146,6 @@ def test_whitening_more_directions_than_there_are_raises() -> None:
     line = np.outer(np.arange(5.0), [1.0, 2.0, 3.0])
     rule = open_rule("pca")
     assert rule.fit is not None
-    for vectors, width in ((line, 2), (np.ones_like(line), 1)):
-        with pytest.raises(DataError, match=f"whitening to {width}"):
+    for vectors, width, words in ((line, 2, "have 1; use width=1"), (np.ones_like(line), 1, "have 0; all vectors are")):
+        with pytest.raises(DataError, match=f"whitening to {width} .*{words}"):
             rule.fit(iter([[Block(vectors)]]), {"width": width, "whiten": True})

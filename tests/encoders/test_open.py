@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedcache.encoders.base import EncoderSettings, Modality
+from embedcache.encoders.base import EncoderSettings, Modality, background_of
 from embedcache.encoders.open import EncoderSpec, open_encoder
 from embedcache.encoders.weights import hash_weights
 from embedcache.errors import ArtifactError, CorruptError, EmbedcacheError, PathError, SettingError, UnknownNameError
@@ -128,6 +128,13 @@ def test_onnxruntime_in_bfloat16_raises() -> None:
     settings = EncoderSettings(backend="onnxruntime", precision="bfloat16")
     with pytest.raises(SettingError, match="float32"):
         open_encoder("lite:efficientnet-lite0", modality="image", settings=settings)
+
+
+def test_background_is_one_color_however_it_is_written() -> None:
+    for text, color in (("white", "white"), ("#FFF", "white"), ("black", "#000000"), ("#7f7f7f", "#7f7f7f")):
+        settings = EncoderSettings(background=text)
+        assert background_of({"background": settings.background}) == settings.background == color
+    assert background_of(None) == background_of({}) == "white"
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from embedcache.errors import SettingError
-from embedcache.serve.server import bind
+from embedcache.serve.server import _lines, bind
 from embedcache.serve.service import SearchService
 from embedcache.serve.settings import ServeSettings
 from tests.images import png_of_size
@@ -68,6 +68,11 @@ def test_is_local() -> None:
         ("0.0.0.0", False), ("::", False), ("192.168.1.5", False), ("search.example.org", False),
     ):  # fmt: skip
         assert ServeSettings(host=host).is_local == is_local, host
+
+
+def test_link_to_open(served: SearchService) -> None:
+    for host, shown in (("::1", "[::1]"), ("127.0.0.1", "127.0.0.1"), ("a.org", "a.org")):
+        assert f"open http://{shown}:80/" in _lines(served, ServeSettings(host=host), None, 80)
 
 
 # Pages of other sites

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from embedcache.arrays import Array
-from embedcache.errors import FingerprintError, UnfinishedError
+from embedcache.errors import DataError, FingerprintError, UnfinishedError
 from embedcache.progress import NullProgress
 from embedcache.provenance import IMPORTED
 from embedcache.settings import replace_fields
@@ -138,6 +138,9 @@ def test_axis_is_stored(tmp_path: Path, shape: tuple[int, ...]) -> None:
     commit(group, [item(row, shape) for row in range(3)])
     with pytest.raises(FingerprintError, match="axis"):
         add_feature(group, "f", shape, "float16")
+    for box in ((0.0, 0.5, 1.0, 0.5), (0.5, 0.0, 0.5, 1.0), (0.0, 1.0, 1.0, 0.0)):
+        with pytest.raises(DataError, match="expected a box x0, y0, x1, y1"):
+            replace_fields(GRID, box=box)
 
 
 @pytest.mark.parametrize("shape", [(3,), (0,), (2, 3), (0, 3), (-1, 3)])
