@@ -222,6 +222,8 @@ def test_languages_that_begin_in_a_later_block(tmp_path: Path, monkeypatch: pyte
     assert written["language"].to_pylist() == [None] * 5 + ["de"]
     captions = [(folder / f"{row:05d}.txt").read_text().strip() for row in (0, 2, 3, 4)]
     assert written["caption"].to_pylist() == [captions[0], None, *captions[1:], "ein roter Balken"]
+    export_vectors("parquet", tmp_path / "cache", tmp_path / "de.parquet", feature="open_toy/cls", language="de")
+    assert pq.read_table(tmp_path / "de.parquet")["caption"].to_pylist() == [None] * 5 + ["ein roter Balken"]
 
 
 def test_flipped_vector_of_an_export_is_noticed(labeled: Path, tmp_path: Path) -> None:
