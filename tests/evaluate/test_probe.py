@@ -123,6 +123,7 @@ def test_json_has_the_fields_of_clip_benchmark(report: ProbeReport) -> None:
     assert report_json["metrics"]["lp_acc1"] == round(report.scores[1].accuracy.value, 5)
     details = report_json["details"]
     assert details["num_items"] == {"train": 162, "val": 18, "test": 60}
+    assert details["chance"]["uniform_acc1"] == round(1 / len(report.labeled.names), 5)
     assert set(details["few_shot"]["ridge"]) == {"1", "4"}
     assert set(details["methods"]["knn"]["recall"]) == set(report.labeled.names)
     alone = replace(report, scores=report.scores[:1])

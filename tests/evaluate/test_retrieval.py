@@ -65,6 +65,7 @@ def test_recall_matches_counting_by_hand(cache_path: Path, runs: list[Path]) -> 
         hits += int((scores[texts != caption] >= best).sum() < 5)
     assert report.recalls["i2t"]["r@5"].value == pytest.approx(hits / len(own))
     assert report.num_items["image"] == report.num_items["text"] == [75]
+    assert report.part.startswith("part test of the run's split")
     for direction, ranks in ranking.ranks.items():
         metrics = report.rank_metrics[direction]
         assert metrics["median_rank"].value == np.sort(ranks)[(len(ranks) - 1) // 2]

@@ -67,6 +67,8 @@ def test_accuracy_matches_counting_by_hand(labeled: Path, prompts: Path, runs: l
     right = scores.argmax(axis=1) == truth
     assert report.accuracies["acc1"].value == pytest.approx(right.mean())
     assert report.accuracies["acc1"].value > 2 * report.chance["acc1"].value
+    chances = {name: estimate.value for name, estimate in report.chance.items()}
+    assert chances == {"acc1": 1 / len(COLORS), "acc5": 5 / len(COLORS), "mean_per_class_recall": 1 / len(COLORS)}
     recalls = [right[truth == number].mean() for number in range(len(COLOR_NAMES))]
     assert report.accuracies["mean_per_class_recall"].value == pytest.approx(np.mean(recalls))
     assert report.by_class == pytest.approx(recalls)
