@@ -88,9 +88,11 @@ def test_words_are_stored_and_compared(texts: Cache, tmp_path: Path) -> None:
     open_words(tmp_path, texts)
     assert path.read_bytes() == stored
     table = count_words(texts).table
+    offsets = table["captions"].combine_chunks().offsets
+    others = (pa.array(np.full(offsets[-1].as_py(), row, np.int32)) for row in (99, -1))
     for wrong in (
         table.replace_schema_metadata(to_metadata({"format": 1})),  # of another cache
-        table.set_column(1, "captions", pa.chunked_array([pa.array([[99]] * len(table), pa.large_list(pa.int32()))])),
+        *(table.set_column(1, "captions", pa.LargeListArray.from_arrays(offsets, rows)) for rows in others),
     ):
         write_table(
             path, wrong.replace_schema_metadata(wrong.schema.metadata or to_metadata(words_module._about(texts)))

@@ -84,6 +84,7 @@ def test_interval_of_a_video() -> None:
     whole = decode_video(data).frames_THW3
     np.testing.assert_array_equal(decode_video(data, 2.0, 3.0).frames_THW3, whole[50:75])
     np.testing.assert_array_equal(decode_video(data, 3.6).frames_THW3, whole[90:])
+    assert len(decode_video(encode_video(moving_square(2), rate_hz=1)).frames_THW3) == 2
 
 
 def test_missing_stream_fails() -> None:

@@ -1,6 +1,6 @@
 """Adapters: the queries of a new encoder find in an old index what they find among vectors encoded again."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from embedcache.arrays import Array
 from embedcache.derive.derive import derive_from_run
-from embedcache.encoders.base import Encoder, EncoderSettings, Modality
+from embedcache.encoders.base import Encoder, EncoderSettings, ItemShape, Modality
 from embedcache.encoders.open import EncoderSpec
 from embedcache.errors import DataError, EmbedcacheError, FingerprintError, SettingError, UnknownNameError
 from embedcache.evaluate.adapter import evaluate_adapter
@@ -38,15 +38,18 @@ ROTATION = np.linalg.qr(np.random.default_rng(0).normal(size=(48, 48)))[0].astyp
 
 
 class RotatedImages(ToyImages):
-    """The vectors of the toy encoder in other coordinates."""
+    """The vectors of the toy encoder in other coordinates, and half of them."""
+
+    features: Mapping[str, ItemShape] = {**ToyImages.features, "half": (24,)}
 
     def __init__(self) -> None:
         super().__init__(1.0, 0.0, Path("/"))
         self.fingerprint = replace(self.fingerprint, family="tests.train.test_adapter:open_rotated")
 
     def encode(self, prepared: Sequence[Array], names: Sequence[str]) -> dict[str, list[Array]]:
-        outputs = super().encode(prepared, names)
-        return {**outputs, "cls": [vector @ ROTATION for vector in outputs["cls"]]}
+        rotated = [vector @ ROTATION for vector in super().encode(prepared, ["cls"])["cls"]]
+        outputs = {"cls": rotated, "half": [vector[:24] for vector in rotated]}
+        return {name: outputs[name] for name in names}
 
 
 def open_rotated(spec: EncoderSpec, *, modality: Modality, settings: EncoderSettings) -> Encoder:
@@ -59,7 +62,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("adapter")
     write_images(path / "photos", 200)
     encoders = [IMAGE, "tests.train.test_adapter:open_rotated"]
-    settings = ExtractSettings(features=("cls", "mean"), chunk_size=64)
+    settings = ExtractSettings(features=("cls", "half", "mean"), chunk_size=64)
     extract(
         open_source(path / "photos"), path / "cache", image_encoder=encoders, text_encoder=[TEXT], settings=settings
     )
@@ -74,6 +77,7 @@ def fit(folder: Path, path: Path, **options: Any) -> Path:
 
 def test_queries_of_a_rotated_encoder_find_what_reencoding_finds(folder: Path, tmp_path: Path) -> None:
     adapter, control = fit(folder, tmp_path / "adapter"), fit(folder, tmp_path / "control", shuffle_pairs=True)
+    assert Run.open(adapter, kind="adapter").info.report["score"] > 0.9
     report = evaluate_adapter(folder / "cache", adapter, control=control)
     assert report.num_queries == 50
     assert report.reencoded["adapter"].value > 0.97  # of float16 vectors
@@ -109,10 +113,18 @@ def test_text_tower_of_a_run_serves_another_image_encoder(folder: Path, tmp_path
     (report,) = derive_from_run(folder / "cache", adapted, modality="image", name="mapped")
     assert report.computed == 200
 
+    # Of another width too.
+    options = {"feature": "open_rotated/half", "target": folder / "run", "split": "key"}
+    assert "with the text tower of the run; " in fit_adapter(folder / "cache", tmp_path / "half", **options).line()
+    weights = load_file(tmp_path / "half" / WEIGHTS)
+    assert all(torch.equal(weights[name], old_weights[name]) for name in weights if not name.startswith("image."))
+
 
 def test_adapter_is_reused_and_the_same_again(folder: Path, tmp_path: Path) -> None:
     first = fit(folder, tmp_path / "first")
     assert fit_adapter(folder / "cache", first, feature=NEW, target=OLD, split="key").reused
+    few = fit_adapter(folder / "cache", tmp_path / "few", feature=NEW, target=OLD, split="key", val_fraction=0.02)
+    assert few.num_samples["val"] < 10
     second = fit(folder, tmp_path / "second")
     assert (first / WEIGHTS).read_bytes() == (second / WEIGHTS).read_bytes()
     with pytest.raises(FingerprintError, match="target"):
