@@ -16,6 +16,7 @@ from embedcache.errors import DataError, PathError, SettingError, UnknownNameErr
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.neighbors.pairs import cosine_limit
+from embedcache.reports.dedup import threshold_table
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from tests.images import write_images
@@ -127,6 +128,7 @@ def test_analyze_levels(copied: Path, tmp_path: Path) -> None:
     analysis = analyze(copied, pixels=False)
     levels = {level.cosine: level for level in analysis.levels()}
     assert levels[None].num_gone == 3
+    assert threshold_table(analysis)[1][0] == ["copies only", "", "3", str(NUM - 3), "5.0%"]
     for cosine in (0.9, 0.97, 0.99):
         done = dedup(copied, tmp_path / "kept.parquet", DedupSettings(cosine=cosine, pixels=False))
         assert levels[cosine].num_gone == len(done.removed)

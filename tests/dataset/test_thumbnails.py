@@ -45,7 +45,8 @@ def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "files" / "a.mp4").write_bytes(encode_video(moving_square(51, width=64)))
     (root / "files" / "a.avi").write_bytes(encode_video(moving_square(25), kind="avi"))
     (root / "files" / "a.wav").write_bytes(wav(tone(2)))
-    lines = ["key,video,audio,start_s,stop_s", "0,a.mp4,a.wav,,", "1,a.mp4,a.wav,0.4,0.6", "2,a.avi,,,", ""]
+    rows = ["0,a.mp4,a.wav,,", "1,a.mp4,a.wav,0.4,0.6", "2,a.avi,,,", "3,a.mp4,,,0.6"]
+    lines = ["key,video,audio,start_s,stop_s", *rows, ""]
     (root / "files" / "table.csv").write_text("\n".join(lines))
     encoders = {"audio": [MEDIA], "video": [MEDIA]}
     extract(open_source(root / "files" / "table.csv"), root / "cache", encoder=encoders)
@@ -62,7 +63,7 @@ def test_middle_frames_of_videos(media: Path) -> None:
         assert errors.argmin() == number
     url = thumbnails.data_url(0)
     assert url.startswith("data:image/webp;base64,")
-    assert [thumbnails.interval_fragment(row) for row in (0, 1)] == ["", "#t=0.4,0.6"]
+    assert [thumbnails.interval_fragment(row) for row in (0, 1, 3)] == ["", "#t=0.4,0.6", "#t=0,0.6"]
 
 
 def test_files_to_play(media: Path) -> None:

@@ -177,6 +177,14 @@ def test_only_the_selection_was_seen(cache_path: Path, other: Path, tmp_path: Pa
         training_items(chosen, Cache(cache_path))
 
 
+def test_copy_of_the_first_training_item_counts(other: Path, runs: list[Path]) -> None:
+    run = load_runs(runs[1:])[0]  # with the first image in its training part
+    images = ItemSet(chosen_image(run, other), read_items([Cache(other)], [chosen_image(run, other)]))
+    found = overlap.find_overlap(run, Cache(other), {"image": images}, RetrievalSettings(part="all"))
+    assert found is not None
+    assert found.exact == 1
+
+
 def chosen_image(run: Run, cache_path: Path) -> InputFeature:
     return run_input(Cache(cache_path), run, "image")
 

@@ -70,6 +70,7 @@ def test_recall_matches_counting_by_hand(cache_path: Path, runs: list[Path]) -> 
         metrics = report.rank_metrics[direction]
         assert metrics["median_rank"].value == np.sort(ranks)[(len(ranks) - 1) // 2]
         assert metrics["map"].value == pytest.approx(ranking.average_precisions[direction].mean())
+        assert len(report.curves[direction]) == 75
         assert report.curves[direction][4] == pytest.approx(report.recalls[direction]["r@5"].value)
 
 

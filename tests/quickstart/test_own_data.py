@@ -56,7 +56,7 @@ def test_one_command_does_everything(report: QuickstartReport, photos: Path) -> 
 def test_page_shows_images_copies_and_failures(report: QuickstartReport) -> None:
     page = report.page_path.read_text()
     assert page.count("data:image/webp") > 24
-    for words in ("equal bytes", "damaged.png", "held out from training", "embedcache serve"):
+    for words in ("equal bytes", "hash distance", "damaged.png", "held out from training", "embedcache serve"):
         assert words in page
 
 

@@ -77,6 +77,7 @@ def test_names_in_figures_are_no_formulas() -> None:
     names = {name: Estimate(0.5, 0.4, 0.6) for name in ("$5 to $10", "$x_{$")}
     axes = open_axes(2.0)
     estimate_bars(axes, names, height=0.6)
+    assert axes.yaxis_inverted()  # the first bar is at the top
     axes.plot([1, 100], [0, 1], label="US$ and A$")
     axes.set_title("$x_{$")
     axes.set_xscale("log")
